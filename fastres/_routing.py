@@ -1,0 +1,219 @@
+"""The one place where a route is chosen, what can be asked of it, and the record of what it chose.
+
+Routes:
+
+    triton      the fused operators of ``fastres.kernels`` on Triton (CUDA, or the CPU in Triton's interpreter)
+    aten        PyTorch's own operators, in the layout the input came in
+    reference   the fused operators on their plain-torch implementation (CPU): for tests and debugging
+    auto        triton on a CUDA device that can run it, else aten
+
+``backend("aten")`` as a context manager, or FASTRES_BACKEND in the environment, asks for one. A route that was asked
+for and cannot serve raises; nothing is rerouted silently, and ``record_routes`` shows what was chosen and why. On the
+fused routes ``moments("on" | "off" | "auto")`` or FASTRES_MOMENTS says whether a block ends in the moment form of its
+last convolution (``kernels/fused_conv_bn_relu.py``); auto asks the byte and flop model of ``moments_pay``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastres.kernels._check import KERNEL_DTYPES
+from fastres.kernels._launch import dense, like, matrix
+from fastres.kernels._triton import HAS_TRITON, INTERPRET, TRITON_ERROR
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["BACKENDS", "MOMENTS", "BatchNorm", "Choice", "assume_gpu", "backend", "choose", "decide", "get_backend",
+           "moments", "moments_pay", "record", "record_routes"]  # fmt: skip
+
+BACKENDS = ("auto", "triton", "aten", "reference")
+MOMENTS = ("auto", "on", "off")
+
+
+class BatchNorm(NamedTuple):
+    """One batch norm as the functions see it.
+
+    Vectors are [C]. ``training`` selects batch statistics; the running statistics, where given, are then updated with
+    ``momentum`` (None: cumulative average over ``num_batches_tracked``). Without ``training`` they are what is used.
+    ``group`` merges the statistics over a process group.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    momentum: float | None
+    eps: float
+    training: bool
+    group: ProcessGroup | None = None
+
+
+class Choice(NamedTuple):
+    """One routing decision, as ``record_routes`` lists it."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: str
+    route: str
+    reason: str
+    key: int  # id of the norm's weight (running mean without one), to find the layer by; 0 without a norm
+
+
+def _known(name: str, source: str, names: tuple[str, ...] = BACKENDS) -> str:
+    if name not in names:
+        raise ValueError(f"{source} is {name!r}; wanted one of {', '.join(names)}")
+    return name
+
+
+class _Setting:
+    """Process-wide: plain attributes, so that torch.compile can guard on them."""
+
+    backend: str = _known(os.environ.get("FASTRES_BACKEND", "").lower() or "auto", "FASTRES_BACKEND")
+    moments: str = _known(os.environ.get("FASTRES_MOMENTS", "").lower() or "auto", "FASTRES_MOMENTS", MOMENTS)
+    log: list[Choice] | None = None
+    assumed: tuple[int, int] | None = None
+
+
+def get_backend() -> str:
+    """The backend in force: ``auto``, ``triton``, ``aten`` or ``reference``."""
+    return _Setting.backend
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Ask for a route inside the block (process-wide). ValueError for an unknown name."""
+    before, _Setting.backend = _Setting.backend, _known(name, "backend")
+    try:
+        yield
+    finally:
+        _Setting.backend = before
+
+
+@contextmanager
+def moments(mode: str) -> Iterator[None]:
+    """Whether blocks end in the moment form, on the fused routes: ``on`` wherever it applies, ``off``, or ``auto``."""
+    before, _Setting.moments = _Setting.moments, _known(mode, "moments", MOMENTS)
+    try:
+        yield
+    finally:
+        _Setting.moments = before
+
+
+# What the model below charges: an H200's copy bandwidth and the share of its matrix peak that a good kernel reaches.
+_BYTES_A_SECOND = 4.3e12
+_FLOPS_A_SECOND = 0.6 * 790e12
+
+
+def moments_pay(rows: int, n: int, c: int) -> bool:
+    """Whether the moment form of a 1x1 convolution from c to n channels saves more time than it costs, by the model.
+
+    It saves eight passes over the [rows, n] output at two bytes (written once, read three times; its gradient written
+    once, read three times) and costs 4 rows c^2 flops and three more passes over the [rows, c] input.
+    """
+    if _Setting.moments != "auto":
+        return _Setting.moments == "on"
+    saved = 8 * 2 * rows * n / _BYTES_A_SECOND
+    return 4 * rows * c * c / _FLOPS_A_SECOND + 3 * 2 * rows * c / _BYTES_A_SECOND < saved
+
+
+@contextmanager
+def assume_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+    """Route as on a CUDA device of this compute capability, for models traced on fake tensors where there is none."""
+    before, _Setting.assumed = _Setting.assumed, capability
+    try:
+        yield
+    finally:
+        _Setting.assumed = before
+
+
+@contextmanager
+def record_routes() -> Iterator[list[Choice]]:
+    """Collect every routing decision taken inside the block."""
+    before, _Setting.log = _Setting.log, []
+    try:
+        yield _Setting.log
+    finally:
+        _Setting.log = before
+
+
+def _obstacle(x: Tensor, others: tuple[Tensor, ...]) -> str:
+    """Why the fused operators cannot serve these activations; empty where they can."""
+    if not dense(x):
+        return "input is neither contiguous NCHW nor channels_last"
+    memory = like(x, matrix(x))
+    for t in others:
+        if t.dtype != x.dtype:
+            return f"operands differ in dtype, {str(x.dtype)[6:]} and {str(t.dtype)[6:]}"
+        if not t.is_contiguous(memory_format=memory):
+            return "operands differ in layout"
+    return ""
+
+
+def _device_obstacle(x: Tensor) -> str:
+    if x.dtype not in KERNEL_DTYPES:
+        return f"{str(x.dtype)[6:]} has no kernel"
+    if not HAS_TRITON:
+        return f"Triton could not be imported ({TRITON_ERROR})"
+    if _Setting.assumed or x.is_cuda:
+        capability = _Setting.assumed or torch.cuda.get_device_capability(x.device)
+        return "" if capability >= (8, 0) else f"compute capability {capability} is below (8, 0)"
+    if x.device.type == "cpu" and INTERPRET:
+        return ""
+    return f"Triton does not run on {x.device.type}"
+
+
+def decide(op: str, x: Tensor, others: tuple[Tensor, ...], bns: tuple[BatchNorm, ...]) -> tuple[str, str]:
+    """The route of one call and the reason: the only routing decision in the package."""
+    asked = _Setting.backend
+    route, reason = asked, f"backend {asked!r} was asked for"
+    if asked == "auto":
+        if not x.is_cuda and _Setting.assumed is None:
+            route, reason = "aten", f"{x.device.type}: ATen is the measured default"
+        else:
+            obstacle = _device_obstacle(x) or _obstacle(x, others)
+            route, reason = ("aten", obstacle) if obstacle else ("triton", "CUDA device, dense activation")
+    elif asked == "triton":
+        obstacle = _device_obstacle(x) or _obstacle(x, others)
+        if obstacle:
+            raise ValueError(f"{op}: backend 'triton' was asked for, but {obstacle}")
+    elif asked == "reference":
+        obstacle = "" if x.device.type == "cpu" else f"it does not serve {x.device}"
+        obstacle = obstacle or _obstacle(x, others)
+        if obstacle:
+            raise ValueError(f"{op}: backend 'reference' was asked for, but {obstacle}")
+    if route == "aten" and any(bn.group is not None and bn.training for bn in bns):
+        if x.device.type != "cpu":
+            raise ValueError(
+                f"{op}: statistics over a process group need the fused operators; on {x.device} {reason}"
+            )
+        route, reason = "reference", "statistics over a process group: plain-torch operators"
+    return route, reason
+
+
+def choose(
+    op: str, x: Tensor, others: tuple[Tensor, ...], bns: tuple[BatchNorm, ...], note: str = ""
+) -> str:  # fmt: skip
+    """The route of one call, recorded; ``note`` is added to the reason."""
+    route, reason = decide(op, x, others, bns)
+    record(op, x, route, f"{reason}; {note}" if note else reason, bns)
+    return route
+
+
+def record(op: str, x: Tensor, route: str, reason: str, bns: tuple[BatchNorm, ...]) -> None:
+    """Append a decision to the log, where one is being kept."""
+    if _Setting.log is not None:
+        layout = "NCHW" if x.is_contiguous() else "channels_last" if dense(x) else "strided"
+        key = 0
+        if bns:
+            anchor = bns[0].weight if bns[0].weight is not None else bns[0].running_mean
+            key = id(anchor) if anchor is not None else 0
+        _Setting.log.append(Choice(op, tuple(x.shape), x.dtype, layout, route, reason, key))

@@ -1,0 +1,504 @@
+"""The functions that blocks are written in, and the one place where a route is chosen.
+
+A block names its arithmetic; nothing is computed until a consumer decides how:
+
+    z1 = conv_bn_relu(x, conv1, bn1)                 # Pending: relu(bn1(conv1(x)))
+    z2 = conv_bn_relu(z1, conv2, bn2)
+    out = add_relu(conv_bn(z2, conv3, bn3), x)       # the block end sees conv3, bn3 and the identity together
+
+Where each part runs is decided in ``_routing``, whose settings are re-exported here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastres._routing import (
+    BACKENDS,
+    BatchNorm,
+    Choice,
+    assume_gpu,
+    backend,
+    choose,
+    decide,
+    get_backend,
+    moments,
+    moments_pay,
+    record,
+    record_routes,
+)
+from fastres.kernels import batch_norm as bn_ops
+from fastres.kernels import block_end as moment_form
+from fastres.kernels import pool as pool_ops
+from fastres.kernels import residual_add_relu as end_ops
+from fastres.kernels._check import check_activation, check_aten, check_like, check_vector, fail
+from fastres.kernels._sync import merge_over_group
+from fastres.kernels.block_start import block_start
+
+__all__ = [
+    "BACKENDS",
+    "BatchNorm",
+    "Choice",
+    "Pending",
+    "add_relu",
+    "assume_gpu",
+    "backend",
+    "batch_norm",
+    "conv_bn",
+    "conv_bn_relu",
+    "get_backend",
+    "materialize",
+    "max_pool",
+    "moments",
+    "moments_pay",
+    "record_routes",
+]
+
+# ------------------------------------------------------------------------------------------------------ pending
+
+
+class Pending:
+    """``relu(bn(conv(x)))`` (or without ReLU), not evaluated yet: its consumer decides how.
+
+    Each part is evaluated at most once, so the running statistics are updated once however many consumers there are.
+    """
+
+    __slots__ = ("_moments", "_tracked", "_y", "_z", "bn", "conv", "relu", "x")
+
+    def __init__(self, x: Tensor | Pending, conv: nn.Module, bn: BatchNorm, relu: bool) -> None:
+        self.x, self.conv, self.bn, self.relu = x, conv, bn, relu
+        self._y: Tensor | None = None
+        self._z: Tensor | None = None
+        self._moments: _Moments | None = None
+        self._tracked = False
+
+    def raw(self) -> Tensor:
+        """The convolution's output, before the norm."""
+        if self._y is None:
+            self._y = self.conv(materialize(self.x))
+        return self._y
+
+    def tensor(self) -> Tensor:
+        """The activation itself."""
+        if self._z is None:
+            y, s = self.raw(), self._moments
+            self._z = batch_norm(y, self.once(), self.relu) if s is None else _apply(y, self.bn, s, self.relu)
+        return self._z
+
+    def moments(self) -> _Moments:
+        """The norm's statistics, for a consumer that applies the norm itself (fused routes)."""
+        if self._moments is None:
+            self._moments = _moments(self.raw(), self.once())
+        return self._moments
+
+    def once(self) -> BatchNorm:
+        """The norm, with its running statistics for the first who asks: a second evaluation must not update them."""
+        first, self._tracked = not self._tracked, True
+        return self.bn if first or not self.bn.training else _untracked(self.bn)
+
+
+def materialize(x: Tensor | Pending) -> Tensor:
+    """A tensor, whether it was one or was pending."""
+    return x.tensor() if isinstance(x, Pending) else x
+
+
+def conv_bn(x: Tensor | Pending, conv: nn.Module, bn: BatchNorm, relu: bool = False) -> Pending:
+    """``bn(conv(x))``, pending."""
+    return Pending(x, conv, bn, relu)
+
+
+def conv_bn_relu(x: Tensor | Pending, conv: nn.Module, bn: BatchNorm) -> Pending:
+    """``relu(bn(conv(x)))``, pending."""
+    return Pending(x, conv, bn, True)
+
+
+# -------------------------------------------------------------------------------------------------- batch norm
+
+
+def _check_bn(op: str, y: Tensor, bn: BatchNorm) -> None:
+    check_activation(op, "input", y)
+    _check_norm(op, (y.shape[0], y.shape[1], y.shape[2], y.shape[3]), y.device, bn)
+
+
+def _check_norm(op: str, shape: tuple[int, int, int, int], device: torch.device, bn: BatchNorm) -> None:
+    """The norm against an input of this shape, which need not exist."""
+    n, c, h, w = shape
+    for name, v in (
+        ("weight", bn.weight),
+        ("bias", bn.bias),
+        ("running_mean", bn.running_mean),
+        ("running_var", bn.running_var),
+    ):
+        check_vector(op, name, v, c, device)
+    if (bn.weight is None) != (bn.bias is None):
+        raise ValueError(f"{op}: one of weight and bias is None; wanted both or neither")
+    if (bn.running_mean is None) != (bn.running_var is None):
+        raise ValueError(f"{op}: one of running_mean and running_var is None; wanted both or neither")
+    if not bn.training and bn.running_mean is None:
+        raise ValueError(f"{op}: running_mean is None; wanted running statistics where training is False")
+    if bn.training and bn.group is None and n * h * w == 1:
+        raise ValueError(
+            f"{op}: input has shape {list(shape)}; wanted more than 1 value per channel when training"
+        )
+
+
+def _recomputing() -> bool:
+    """True while autograd runs a backward: a forward there is activation checkpointing's second one."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1
+
+
+def _untracked(bn: BatchNorm) -> BatchNorm:
+    return bn._replace(running_mean=None, running_var=None, num_batches_tracked=None)
+
+
+def _tracking(bn: BatchNorm) -> tuple[BatchNorm, float]:
+    """The momentum to use, and the norm without running statistics where they must not be updated."""
+    if not bn.training or bn.running_mean is None:
+        return bn, 0.0
+    if _recomputing():
+        return _untracked(bn), 0.0
+    if bn.momentum is not None:
+        return bn, bn.momentum
+    return bn, 1.0 / (float(bn.num_batches_tracked) + 1) if bn.num_batches_tracked is not None else 0.0
+
+
+def _count(bn: BatchNorm) -> None:
+    """Count the batch of a norm that ``_tracking`` gave; after its statistics, for they may raise."""
+    if bn.training and bn.running_mean is not None and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+
+
+class _Moments(NamedTuple):
+    """What the fused operators need to know of a norm's statistics."""
+
+    mean: Tensor
+    var: Tensor
+    values: Tensor | None  # a channel's values over all ranks, where statistics were merged
+    group: str | None
+
+
+def _moments(y: Tensor, bn: BatchNorm) -> _Moments:
+    """Batch statistics (updating the running ones) or the running statistics themselves."""
+    if not bn.training:
+        assert bn.running_mean is not None and bn.running_var is not None
+        return _Moments(bn.running_mean, bn.running_var, None, None)
+    bn, momentum = _tracking(bn)
+    if bn.group is None:
+        mean, var = bn_ops.batch_norm_stats(y.detach(), bn.running_mean, bn.running_var, momentum)
+        _count(bn)
+        return _Moments(mean, var, None, None)
+    mean, var = bn_ops.batch_norm_stats(y.detach(), None, None, 0.0)
+    mean, var, count = merge_over_group(mean, var, y, bn.group.group_name)
+    if bn.running_mean is not None and bn.running_var is not None:
+        with torch.no_grad():
+            bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum)
+            unbiased = var * (count / (count - 1).clamp(min=1))
+            bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), momentum)
+    _count(bn)
+    return _Moments(mean, var, count, bn.group.group_name)
+
+
+def _aten_batch_norm(y: Tensor, bn: BatchNorm) -> Tensor:
+    tracked, momentum = _tracking(bn)
+    mean, var = tracked.running_mean, tracked.running_var
+    if mean is None and bn.training and bn.running_mean is not None and bn.running_var is not None:
+        # Recomputed under checkpointing: ATen saves these for backward, and as many tensors must be saved as before.
+        mean, var = bn.running_mean.clone(), bn.running_var.clone()
+    z = F.batch_norm(y, mean, var, bn.weight, bn.bias, bn.training, momentum, bn.eps)
+    _count(tracked)
+    return z
+
+
+def batch_norm(y: Tensor, bn: BatchNorm, relu: bool = False) -> Tensor:
+    """Batch norm, with ReLU if asked.
+
+    Args:
+        y: [N, C, H, W], float32, float16 or bfloat16 (float64 on the aten and reference routes).
+        bn: the norm.
+        relu: apply ReLU to the result in the same pass.
+
+    Returns:
+        [N, C, H, W] in y's dtype and strides.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before the running statistics are touched.
+    """
+    op = "batch_norm"
+    _check_bn(op, y, bn)
+    if choose(op, y, (), (bn,)) == "aten":
+        check_aten(op, y, bn)
+        z = _aten_batch_norm(y, bn)
+        return z.relu_() if relu else z
+    return _apply(y, bn, _moments(y, bn), relu)
+
+
+def _apply(y: Tensor, bn: BatchNorm, s: _Moments, relu: bool) -> Tensor:
+    """The fused operator, with statistics at hand."""
+    return bn_ops.batch_norm_act(
+        y, s.mean, s.var, bn.weight, bn.bias, bn.eps, relu, bn.training, s.values, s.group
+    )
+
+
+# --------------------------------------------------------------------------------------------------- block end
+
+
+def _check_keep(op: str, keep: Tensor | None, x: Tensor) -> None:
+    if keep is None:
+        return
+    if not isinstance(keep, Tensor):
+        raise fail(TypeError, op, "keep", keep, "a tensor [N] or None")
+    if keep.dtype.is_complex:
+        raise fail(TypeError, op, "keep", keep, "real factors")
+    if keep.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: keep requires grad; wanted a constant, for it gets no gradient")
+    if keep.dim() != 1 or keep.shape[0] != x.shape[0]:
+        raise fail(ValueError, op, "keep", keep, f"shape [{x.shape[0]}], one factor a sample")
+    if keep.device != x.device:
+        raise fail(ValueError, op, "keep", keep, f"device {x.device}")
+
+
+def _sum_relu(branch: Tensor, identity: Tensor, own: bool) -> Tensor:
+    """relu(branch + identity); in place on the branch where it is ours."""
+    if own and branch.dtype == torch.promote_types(branch.dtype, identity.dtype):
+        return branch.add_(identity).relu_()
+    return (branch + identity).relu_()
+
+
+def _add_relu_tensors(branch: Tensor, identity: Tensor, keep: Tensor | None) -> Tensor:
+    op = "add_relu"
+    check_activation(op, "branch", branch)
+    check_activation(op, "identity", identity)
+    check_like(op, "identity", identity, branch)
+    route = choose(op, branch, (identity,), ())
+    if keep is not None:
+        branch = branch * keep.to(branch.dtype).view(-1, 1, 1, 1)
+    if route == "aten":
+        return _sum_relu(branch, identity, own=keep is not None)
+    return end_ops.add_relu(branch, identity, torch.is_grad_enabled())[0]
+
+
+def _pointwise(conv: nn.Module, c: int, dtype: torch.dtype) -> bool:
+    """Whether a module is exactly a 1x1 convolution of this input that nothing else watches or changes."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == (1, 1)
+        and conv.padding == (0, 0)
+        and conv.stride[0] == conv.stride[1]
+        and conv.groups == 1
+        and conv.bias is None
+        and conv.in_channels == c
+        and conv.weight.shape[1] == c
+        and (conv.weight.dtype == dtype or torch.is_autocast_enabled(conv.weight.device.type))
+        and not (conv._forward_hooks or conv._forward_pre_hooks)
+        and not (conv._backward_hooks or conv._backward_pre_hooks)
+    )
+
+
+def _operand(p: Pending) -> Tensor | str:
+    """The tensor that the moment form of a pending convolution would read, or why there is none."""
+    if p._y is not None:
+        return "the convolution has been evaluated"
+    if p.bn.group is not None and p.bn.training:
+        return "statistics over a process group"
+    source = p.x
+    if isinstance(source, Pending):
+        ready = (
+            source._z is not None or not source.relu or (source.bn.group is not None and source.bn.training)
+        )
+        source = source.tensor() if ready else source.raw()
+    device = source.device.type
+    if source.dim() != 4 or not source.numel() or not source.is_contiguous(memory_format=torch.channels_last):
+        return "input is not channels_last"
+    if torch.is_autocast_enabled(device) and source.dtype != torch.get_autocast_dtype(device):
+        return "input is not in autocast's dtype"
+    if not _pointwise(p.conv, source.shape[1], source.dtype):
+        return "not a plain 1x1 convolution"
+    return source
+
+
+def _start(branch: Pending, identity: Tensor | Pending) -> Tensor | None:
+    """Evaluate a block's first 1x1 convolution together with the identity, where both read the same tensor and a
+    gradient will come back through both; what stands for the identity then, or None.
+    """
+    root = branch
+    while isinstance(root.x, Pending):
+        root = root.x
+    x, conv = root.x, root.conv
+    source = identity.x if isinstance(identity, Pending) else identity
+    if root is branch or x is not source or root._y is not None or root._z is not None:
+        return None
+    if not (torch.is_grad_enabled() and x.requires_grad) or isinstance(_operand(root), str):
+        return None
+    if conv.stride != (1, 1) or (isinstance(identity, Pending) and isinstance(_operand(identity), str)):
+        return None
+    assert isinstance(conv, nn.Conv2d)
+    rows = x.shape[0] * x.shape[2] * x.shape[3]
+    if (
+        not moments_pay(rows, x.shape[1], conv.out_channels)
+        or decide("add_relu", x, (), (root.bn,))[0] == "aten"
+    ):
+        return None
+    stride = 1
+    if isinstance(identity, Pending):
+        assert isinstance(identity.conv, nn.Conv2d)
+        stride = identity.conv.stride[0]
+    root._y, read = block_start(x, conv.weight, stride)
+    return read
+
+
+def _branch(p: Pending, x: Tensor, read: Tensor | None = None) -> moment_form.Branch:
+    conv, bn = p.conv, p.bn
+    assert isinstance(conv, nn.Conv2d)
+    stride = conv.stride[0]
+    mine = (x, conv.weight, bn.weight, bn.bias, bn.eps, bn.training, stride)
+    if not isinstance(p.x, Pending) or p.x._z is not None:
+        read = x[:, :, ::stride, ::stride] if read is None and stride > 1 else read
+        return moment_form.Branch(*mine, read=read)
+    s, bn0 = p.x.moments(), p.x.bn
+    return moment_form.Branch(*mine, s.mean, s.var, bn0.weight, bn0.bias, bn0.eps, bn0.training)
+
+
+def _fold(b: moment_form.Branch, bn: BatchNorm) -> moment_form.Folded:
+    bn, momentum = _tracking(bn)
+    folded = moment_form.fold_branch(b, bn.running_mean, bn.running_var, momentum)
+    _count(bn)
+    return folded
+
+
+def _moment_form(
+    branch: Pending, identity: Tensor | Pending, keep: Tensor | None, name: str, read: Tensor | None
+) -> Tensor | str:  # fmt: skip
+    """The block end without the last convolution's output; or why not, where it does not apply or does not pay."""
+    op, conv = "add_relu", branch.conv
+    if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (1, 1) or conv.stride != (1, 1):
+        return ""
+    x = _operand(branch)
+    other = _operand(identity) if isinstance(identity, Pending) else identity
+    if isinstance(x, str) or isinstance(other, str):
+        return f"no moment form: {x if isinstance(x, str) else other}"
+    (n, c, h, w), out = x.shape, conv.out_channels
+    if other.dtype != x.dtype or not other.is_contiguous(memory_format=torch.channels_last):
+        return "no moment form: the identity has another dtype or layout"
+    if n * h * w < 4 * max(c, other.shape[1] if isinstance(identity, Pending) else 0):
+        return "no moment form: fewer than four rows a channel"
+    if not moments_pay(n * h * w, out, c):
+        return "moment form: off, or does not pay by the model"
+    route, reason = decide(op, x, (), (branch.bn,))
+    if route == "aten":
+        return ""
+    _check_norm(op, (n, out, h, w), x.device, branch.bn)
+    _check_keep(op, keep, x)
+    second = folded2 = None
+    if isinstance(identity, Pending):
+        assert isinstance(identity.conv, nn.Conv2d)
+        size = [(d - 1) // identity.conv.stride[0] + 1 for d in other.shape[2:]]
+        if [other.shape[0], identity.conv.out_channels, *size] != [n, out, h, w]:
+            raise fail(ValueError, op, "identity", other, f"a downsample to shape {[n, out, h, w]}")
+        _check_norm(op, (n, out, h, w), x.device, identity.bn)
+    elif other.shape != (n, out, h, w):
+        raise fail(ValueError, op, name, other, f"shape {[n, out, h, w]}")
+    if isinstance(branch.x, Pending) and branch.x._z is None:
+        _check_bn("batch_norm", x, branch.x.bn)
+    record(op, x, route, f"{reason}; moment form", (branch.bn,))
+    first = _branch(branch, x)
+    folded = _fold(first, branch.once())
+    if isinstance(identity, Pending):
+        second = _branch(identity, other, read)
+        folded2 = _fold(second, identity.once())
+    return moment_form.block_end(first, folded, None if second else other, second, folded2, keep)
+
+
+def add_relu(branch: Tensor | Pending, identity: Tensor | Pending, keep: Tensor | None = None) -> Tensor:
+    """The end of a residual block: ``relu(keep_n * branch + identity)``.
+
+    Args:
+        branch: [N, C, H, W], or the pending last convolution and norm of the branch (without ReLU).
+        identity: the same, or the pending downsample convolution and norm.
+        keep: [N] factor of each sample's branch (drop path: 0 or 1 / keep probability), or None.
+
+    Returns:
+        [N, C, H, W] in the branch's dtype and strides.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before any running statistics of this call are touched.
+    """
+    op, name = "add_relu", "identity"
+    if isinstance(branch, Pending) and branch.relu or isinstance(identity, Pending) and identity.relu:
+        raise ValueError("add_relu: a pending operand has a ReLU of its own; wanted conv_bn without ReLU")
+    if not isinstance(branch, Pending):
+        check_activation(op, "branch", branch)
+        _check_keep(op, keep, branch)
+        if not isinstance(identity, Pending):
+            return _add_relu_tensors(branch, identity, keep)
+        if keep is not None:
+            branch = branch * keep.to(branch.dtype).view(-1, 1, 1, 1)
+        # A sum: the pending one takes the branch's part.
+        branch, identity, keep, name = identity, branch, None, "branch"
+    read = _start(branch, identity)
+    if read is not None and not isinstance(identity, Pending):
+        identity = read
+    out = _moment_form(branch, identity, keep, name, read)
+    if not isinstance(out, str):
+        return out
+    bn = branch.bn
+    id_bn = identity.bn if isinstance(identity, Pending) else None
+    y = branch.raw()
+    _check_bn(op, y, bn)
+    _check_keep(op, keep, y)
+    other = identity.raw() if isinstance(identity, Pending) else identity
+    check_activation(op, name, other)
+    check_like(op, name, other, y)
+    if id_bn is not None:
+        _check_bn(op, other, id_bn)
+    if choose(op, y, (other,), (bn,) if id_bn is None else (bn, id_bn), out) == "aten":
+        check_aten(op, y, bn)
+        if id_bn is not None:
+            check_aten(op, other, id_bn)
+        z = _aten_batch_norm(y, branch.once())
+        if keep is not None:
+            z = z * keep.to(z.dtype).view(-1, 1, 1, 1)
+        if isinstance(identity, Pending):
+            other = _aten_batch_norm(other, identity.once())
+        return _sum_relu(z, other, own=True)
+    s = branch.moments()
+    mine = (y, s.mean, s.var, bn.weight, bn.bias, bn.eps, bn.training, s.values, s.group)
+    save = torch.is_grad_enabled()
+    if id_bn is None or not isinstance(identity, Pending):
+        return end_ops.bn_add_relu(*mine, other, keep, save)[0]
+    t = identity.moments()
+    theirs = (other, t.mean, t.var, id_bn.weight, id_bn.bias, id_bn.eps, id_bn.training, t.values, t.group)
+    return end_ops.bn_add_bn_relu(*mine, *theirs, keep, save)[0]
+
+
+# -------------------------------------------------------------------------------------------------------- pool
+
+
+def max_pool(x: Tensor | Pending) -> Tensor:
+    """3x3 max pooling, stride 2, padding 1, of an activation or of a pending stem (norm and ReLU in the same pass).
+
+    Args:
+        x: [N, C, H, W] or pending.
+
+    Returns:
+        [N, C, (H + 1) // 2, (W + 1) // 2] in the input's dtype and memory format.
+    """
+    if not isinstance(x, Pending) or not x.relu or x._z is not None:
+        z = materialize(x)
+        check_activation("max_pool", "input", z)
+        return F.max_pool2d(z, 3, 2, 1)
+    op = "max_pool"
+    y, bn = x.raw(), x.bn
+    _check_bn(op, y, bn)
+    if choose(op, y, (), (bn,)) == "aten":
+        check_aten(op, y, bn)
+        return F.max_pool2d(_aten_batch_norm(y, x.once()).relu_(), 3, 2, 1)
+    s = x.moments()
+    return pool_ops.bn_relu_max_pool(
+        y, s.mean, s.var, bn.weight, bn.bias, bn.eps, bn.training, s.values, s.group
+    )[0]  # fmt: skip

@@ -1,0 +1,117 @@
+"""Registration of operators with torch.library: one call for schema, fake, CPU, CUDA and autograd.
+
+``torch.library.Library.impl`` is used rather than ``custom_op``: a call through it costs about a quarter on the host.
+An operator without a backward gets one that raises: a second derivative through the fused kernels is refused instead
+of being silently dropped.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from fastres.kernels._triton import INTERPRET
+
+__all__ = ["NAMESPACE", "TRAFFIC", "Traffic", "register"]
+
+NAMESPACE = "fastres"
+_LIBRARY = Library(NAMESPACE, "DEF")
+
+
+class Traffic(NamedTuple):
+    """What one call of an operator moves through device memory, beside its outputs, which are written once."""
+
+    reads: Sequence[
+        Tensor | None
+    ]  # activations, masks, matrices: one entry a pass. Vectors [C] are added by the meter
+    workspace: int = 0  # bytes of partial results, written and read back
+    flops: int = 0  # multiplications and additions of matrix products
+
+
+TRAFFIC: dict[str, Callable[..., Traffic]] = {}  # by operator name: arguments of a call -> its traffic
+
+
+def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator has fixed its dtypes; autocast must not change those of the torch calls inside it."""
+
+    @functools.wraps(reference)
+    def run(*args: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return reference(*args)
+        with torch.autocast("cpu", enabled=False):
+            return reference(*args)
+
+    return run
+
+
+def _contiguous_vectors(triton: Callable[..., Any], schema: str) -> Callable[..., Any]:
+    """Kernels read vectors by index: a strided or expanded one is copied first, and back where it is updated."""
+    arguments = torch._C.parse_schema(f"{NAMESPACE}::{schema}").arguments
+    tensors = [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
+    updated = [i for i in tensors if arguments[i].alias_info is not None]
+
+    @functools.wraps(triton)
+    def run(*args: Any) -> Any:
+        strided = [
+            i for i in tensors if (a := args[i]) is not None and a.dim() == 1 and not a.is_contiguous()
+        ]
+        if not strided:
+            return triton(*args)
+        given = [a.contiguous() if i in strided else a for i, a in enumerate(args)]
+        result = triton(*given)
+        for i in updated:
+            if i in strided:
+                args[i].copy_(given[i])
+        return result
+
+    return run
+
+
+def register(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    triton: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    differentiable: bool = True,
+    traffic: Callable[..., Traffic] | None = None,
+) -> Callable[..., Any]:
+    """Register an operator and return its callable.
+
+    Args:
+        schema: torch schema without the namespace, ``name(Tensor y, ...) -> Tensor``.
+        reference: plain-torch implementation, which serves CPU tensors.
+        triton: launcher of the kernels, which serves CUDA tensors, and CPU tensors in Triton's interpreter.
+        fake: shapes, dtypes and strides of the outputs.
+        backward, setup_context: as in ``torch.library.register_autograd``.
+        differentiable: False for operators that only ever see detached tensors (statistics).
+        traffic: from the operator's arguments, the bytes its kernels move; the byte meter adds them up.
+    """
+    name = schema.split("(", 1)[0]
+    if traffic is not None:
+        TRAFFIC[name] = traffic
+    triton = _contiguous_vectors(triton, schema)
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, triton if INTERPRET else _without_autocast(reference), "CPU")
+    _LIBRARY.impl(name, triton, "CUDA")
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    elif differentiable:
+
+        def refuse(ctx: Any, *grads: Any) -> Any:
+            raise NotImplementedError(
+                f"{qualified}: a second derivative through the fused kernels is not defined; use "
+                "fastres.functional.backend('aten') (or FASTRES_BACKEND=aten) where double backward is needed"
+            )
+
+        torch.library.register_autograd(qualified, refuse, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default

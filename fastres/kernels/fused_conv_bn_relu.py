@@ -1,0 +1,466 @@
+"""A widening 1x1 convolution, its batch norm, the identity and the ReLU of a block as one matrix product.
+
+For y = z W^T, z [M, C] and W [N, C], the batch statistics of y follow from the mean mu and the covariance S of z, and
+so does the whole backward: y [M, N], the widest tensor of the block, is never formed, forward or backward.
+
+    moments     mu = mean z,  S = cov z                      z = relu(bn(x)), formed while loading, or a tensor
+    fold        mean y = W mu,  var y = diag(W S W^T),  a = gamma rstd,  Wf = a W,  bias = beta - Wf mu
+    forward     out = relu(keep (z Wf^T + bias) + identity)
+                a downsample branch (x2, W2) joins the same product over [z | x2], both norms folded
+    backward    g = dout [out > 0]                           also the gradient of a plain identity
+                dbeta = sum keep g,  P = (keep g)^T (z - mu),  da = rowsum(P W) = sum keep g (y - mean y)
+                dgamma = da rstd,  dvar = -da gamma rstd^3 / 2
+                dW = a P + 2 dvar (W S)
+                dz = keep g Wf + (z - mu) B - (a dbeta) W / M,  B = 2 / M W^T diag(dvar) W
+                then through z = relu(bn(x)): mask z > 0, sums of that norm, its input gradient
+    frozen      with running statistics a and bias come from them, S is not needed, and B = 0
+    saved       x, one bit a value of out, and matrices the size of the weight
+    rounding    Wf and B are rounded once, and the bias and the shift of dz use them as rounded, so the means of out
+                and dz are exact. The sums of (z - s)(z - s)^T and g (z - s)^T are taken about an anchor s for which
+                z - s is exact in the storage type (0, or near the mean where that is far from 0), in fp32.
+    limits      var y = diag(W S W^T) loses digits where it is far below |W|^2 |S|, as with fewer rows than channels;
+                the functions ask for four rows a channel at least
+    traffic     R x (Gram), R x, identity, W out, bits; backward R dout, bits, x, W g, then R g, x, W dz, then the
+                norm's own R dz, x, W dx. Of tensors N wide: identity, out forward and dout, g, g backward; with y
+                kept, y would add a write and two reads forward, two reads of y and dy written and read twice.
+    source      own derivation: the batch norm of a linear map depends on its input through two moments only
+
+Every reduction is two-stage in a fixed order. The kernels are in ``_pointwise`` and ``_pointwise_backward``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastres import reference
+from fastres.kernels import _pointwise as fwd
+from fastres.kernels import _pointwise_backward as bwd
+from fastres.kernels._aot import STORAGE, Case, signature
+from fastres.kernels._launch import on
+from fastres.kernels._library import Traffic, register
+from fastres.kernels.batch_norm import merge_sums
+
+__all__ = ["GEMM", "Gemm", "Prologue", "aot_cases", "correction", "fold", "moments", "odd_cases", "p_sums",
+           "pointwise_dz", "pointwise_end", "weight_gradient"]  # fmt: skip
+
+
+class Gemm(NamedTuple):
+    """Tile of a product's result, its depth, warps and pipeline stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+# By kernel, then by storage (True: 2 bytes). For 2 bytes: up to 64 result columns, more, and sizes that are no multiple
+# of 16, where nothing wide can be loaded and a large tile would spill.
+GEMM: dict[str, dict[bool, tuple[Gemm, ...]]] = {
+    "gram": {True: (Gemm(64, 64, 64, 4, 2), Gemm(128, 128, 32, 8, 2), Gemm(64, 64, 32, 4, 2))},
+    "end": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 64, 32, 4, 2))},
+    "p": {True: (Gemm(128, 64, 64, 8, 2), Gemm(128, 128, 64, 8, 2), Gemm(64, 64, 32, 4, 2))},
+    "dz": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 64, 32, 4, 2))},
+}
+for _table in GEMM.values():
+    _table[False] = (Gemm(64, 64, 32, 4, 2),) * 3
+FOLD = Gemm(16, 32, 32, 8, 2)
+_PROGRAMS = 264  # first-stage programs to aim at
+
+
+def tile(kernel: str, x: Tensor, columns: int, other: int) -> Gemm:
+    """The configuration of a product with this many result columns; ``other`` is the other channel count."""
+    odd = columns % 16 != 0 or other % 16 != 0
+    return GEMM[kernel][x.element_size() == 2][2 if odd else int(columns > 64)]
+
+
+def precision(x: Tensor) -> str:
+    """How fp32 operands enter a product: torch's own switch for convolutions decides; 2-byte types ignore it."""
+    return "tf32" if x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def split(rows: int, step: int, tiles: int) -> tuple[int, int]:
+    """Parts and rows a part of a reduction over ``rows`` in steps, so that parts x tiles programs fill the device."""
+    steps = -(-rows // step)
+    parts = max(1, min(-(-_PROGRAMS // tiles), -(-steps // 4)))
+    chunk = -(-steps // parts) * step
+    return -(-rows // chunk), chunk
+
+
+class Prologue(NamedTuple):
+    """The pending norm and ReLU in front of the product; all None, 0 and False for a plain tensor."""
+
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    eps: float = 0.0
+    act: bool = False
+
+
+_PROLOGUE = "Tensor? mean0, Tensor? var0, Tensor? gamma0, Tensor? beta0, float eps0, bool act"
+
+
+def _geometry(x: Tensor, stride: int) -> tuple[int, int, tuple[int, int, int, int]]:
+    """Rows of the result, its pixels an image, and (HW, OW, H, W) of a 1x1 convolution with this stride."""
+    n, _, h, w = x.shape
+    oh, ow = (h - 1) // stride + 1, (w - 1) // stride + 1
+    return n * oh * ow, oh * ow, (oh * ow, ow, h, w)
+
+
+def _read(x: Tensor, stride: int) -> Tensor:
+    """An empty tensor for the pixels of x that a 1x1 convolution of this stride reads."""
+    n, c, h, w = x.shape
+    size = (n, c, (h - 1) // stride + 1, (w - 1) // stride + 1)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _rows(x: Tensor, op: str) -> Tensor:
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"{op}: input has stride {list(x.stride())}; wanted channels_last")
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------- launchers
+
+
+def _moments(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float,
+    act: bool, stride: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _rows(x, "moments")
+    c = x.shape[1]
+    rows, _, shape = _geometry(x, stride)
+    t = tile("gram", x, c, c)
+    across = -(-c // t.n)
+    parts, chunk = split(rows, t.k, across * (across + 1) // 2)
+    width = c * c + c
+    partial = torch.empty(1, parts, width, dtype=torch.float32, device=x.device)
+    mu, anchor = torch.empty(2, c, dtype=torch.float32, device=x.device).unbind(0)
+    cov = torch.empty(c, c, dtype=torch.float32, device=x.device)
+    prec = "tf32x3" if precision(x) == "tf32" else "ieee"  # S is squared into var: keep fp32's digits
+    with on(x):
+        fwd.gram_kernel[(parts, across, across)](
+            x, mean, var, gamma, beta, eps, partial, anchor, rows, c, chunk, width, *shape, ACT=act,
+            AFFINE=gamma is not None, STRIDE=stride, PREC=prec, BM=t.k, BC=t.n, num_warps=t.warps,
+            num_stages=t.stages,
+        )  # fmt: skip
+        (sums,) = merge_sums(partial)
+        blocks = -(-c // FOLD.n)
+        fwd.cov_kernel[(blocks, blocks)](sums, anchor, mu, cov, c, 1.0 / rows, BC=FOLD.n, num_warps=4)
+    return mu, cov, anchor
+
+
+def _fold(
+    weight: Tensor, like: Tensor, mu: Tensor | None, cov: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
+    eps: float, mean: Tensor | None, var: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    momentum: float, count: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    n, c = weight.shape[:2]
+    batch = mu is not None
+    wf = torch.empty(n, c, dtype=like.dtype, device=weight.device)
+    bias, new_mean, new_var = torch.empty(3, n, dtype=torch.float32, device=weight.device).unbind(0)
+    wcov = torch.empty((n, c) if batch else (0, 0), dtype=torch.float32, device=weight.device)
+    with on(weight):
+        fwd.fold_kernel[(-(-n // FOLD.m),)](
+            weight, mu, cov, gamma, beta, eps, running_mean, running_var, momentum, count / max(count - 1, 1),
+            wf, bias, new_mean if batch else mean, new_var if batch else var, wcov, n, c, AFFINE=gamma is not None,
+            BATCH=batch, RUNNING=running_mean is not None, BN=FOLD.m, BC=FOLD.n, num_warps=FOLD.warps,
+        )  # fmt: skip
+    if not batch and mean is not None and var is not None:
+        new_mean.copy_(mean)
+        new_var.copy_(var)
+    return wf, bias, new_mean, new_var, wcov
+
+
+def _end(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float,
+    act: bool, wf: Tensor, bias: Tensor, identity: Tensor | None, x2: Tensor | None, wf2: Tensor | None,
+    bias2: Tensor | None, stride2: int, keep: Tensor | None, save: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    b, c, h, w = _rows(x, "pointwise_end").shape
+    n, rows = wf.shape[0], b * h * w
+    out = torch.empty((b, n, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    bits = torch.empty((rows, (n + 7) // 8) if save else (0, 0), dtype=torch.uint8, device=x.device)
+    t = tile("end", x, n, c if x2 is None or x2.shape[1] % 16 == 0 else 1)
+    with on(x):
+        fwd.pointwise_end_kernel[(-(-rows // t.m) * -(-n // t.n),)](
+            x, mean, var, gamma, beta, eps, wf, bias, None if identity is None else _rows(identity, "pointwise_end"),
+            None if x2 is None else _rows(x2, "pointwise_end"), wf2, bias2, keep, out, bits, rows, n, c,
+            c if x2 is None else x2.shape[1], (n + 7) // 8, h * w, w, *(x if x2 is None else x2).shape[2:],
+            ACT=act, AFFINE=gamma is not None, IDENTITY=identity is not None, PAIR=x2 is not None, STRIDE2=stride2,
+            KEEP=keep is not None, BITS=save, PREC=precision(x), BM=t.m, BN=t.n, BK=t.k, num_warps=t.warps,
+            num_stages=t.stages,
+        )  # fmt: skip
+    return out, bits
+
+
+def _p_sums(
+    dout: Tensor, bits: Tensor | None, x: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None,
+    beta: Tensor | None, eps: float, act: bool, anchor: Tensor, keep: Tensor | None, stride: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dout = dout.contiguous(memory_format=torch.channels_last)
+    n, c = dout.shape[1], x.shape[1]
+    rows, _, shape = _geometry(x, stride)
+    t = tile("p", x, c, n)
+    grid = (-(-n // t.m), -(-c // t.n))
+    parts, chunk = split(rows, t.k, grid[0] * grid[1])
+    width = n * c + n
+    partial = torch.empty(1, parts, width, dtype=torch.float32, device=x.device)
+    g = x.new_empty(0) if bits is None else torch.empty_like(dout)
+    with on(x):
+        bwd.p_kernel[(parts, grid[0], grid[1])](
+            dout, bits, g, x, mean, var, gamma, beta, eps, anchor, keep, partial, rows, n, c, chunk, width,
+            (n + 7) // 8, *shape, ACT=act, AFFINE=gamma is not None, MASK=bits is not None, KEEP=keep is not None,
+            STRIDE=stride, PREC=precision(x), BM=t.k, BN=t.m, BC=t.n, num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+        (sums,) = merge_sums(partial)
+    return sums, g
+
+
+def _weight_gradient(
+    sums: Tensor, weight: Tensor, wcov: Tensor, anchor: Tensor, mu: Tensor, mean: Tensor, var: Tensor,
+    gamma: Tensor | None, eps: float, batch: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    n, c = weight.shape[:2]
+    dw = torch.empty_like(weight)
+    dgamma, dvar, adb = torch.empty(3, n, dtype=torch.float32, device=weight.device).unbind(0)
+    with on(weight):
+        bwd.weight_kernel[(-(-n // FOLD.m),)](
+            sums, weight, wcov, anchor, mu, mean, var, gamma, eps, dw, dgamma, dvar, adb, n, c,
+            AFFINE=gamma is not None, BATCH=batch, BN=FOLD.m, BC=FOLD.n, num_warps=FOLD.warps,
+        )  # fmt: skip
+    return dw, dgamma, dvar, adb
+
+
+def _correction(
+    weight: Tensor, dvar: Tensor, adb: Tensor, mu: Tensor, like: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    n, c = weight.shape[:2]
+    b = torch.empty(c, c, dtype=like.dtype, device=weight.device)
+    shift = torch.empty(c, dtype=torch.float32, device=weight.device)
+    blocks = -(-c // FOLD.n)
+    size = dict(BN=FOLD.k, BC=FOLD.n, num_warps=FOLD.warps)
+    with on(weight):
+        bwd.correction_kernel[(blocks, blocks)](weight, dvar, b, n, c, 2.0 / count, **size)
+        bwd.shift_kernel[(blocks,)](weight, adb, mu, b, shift, n, c, 1.0 / count, **size)
+    return b, shift
+
+
+def _dz(
+    g: Tensor, wf: Tensor, x: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None,
+    beta: Tensor | None, eps: float, act: bool, b: Tensor | None, shift: Tensor | None, keep: Tensor | None,
+    stride: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    g = g.contiguous(memory_format=torch.channels_last)
+    n, c = wf.shape
+    rows, _, shape = _geometry(x, stride)
+    dx = _read(x, stride)
+    t = tile("dz", x, c, n)
+    parts = -(-rows // t.m)
+    partial = torch.empty((2, parts, c) if act else (2, 0, 0), dtype=torch.float32, device=x.device)
+    with on(x):
+        bwd.dz_kernel[(parts * -(-c // t.n),)](
+            g, wf, x, mean, var, gamma, beta, eps, b, shift, keep, dx, partial[0], partial[1], rows, n, c, *shape,
+            ACT=act, AFFINE=gamma is not None, BATCH=b is not None, KEEP=keep is not None, STRIDE=stride,
+            PREC=precision(x), BM=t.m, BC=t.n, BK=t.k, num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+        s1, s2 = merge_sums(partial) if act else partial.new_empty(2, 0).unbind(0)
+    return dx, s1, s2
+
+
+# ------------------------------------------------------------------------------------------------- registration
+
+
+def _f32(like: Tensor, *shape: Any) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def _fake_fold(weight: Tensor, like: Tensor, mu: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    n, c = weight.shape[:2]
+    wcov = _f32(like, n, c) if mu is not None else _f32(like, 0, 0)
+    return like.new_empty(n, c), _f32(like, n), _f32(like, n), _f32(like, n), wcov
+
+
+def _fake_end(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    b, _, h, w = x.shape
+    n = rest[6].shape[0]
+    out = torch.empty((b, n, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return out, x.new_empty((b * h * w, (n + 7) // 8) if rest[-1] else (0, 0), dtype=torch.uint8)
+
+
+def _fake_p(dout: Tensor, bits: Tensor | None, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    n, c = dout.shape[1], x.shape[1]
+    g = torch.empty(dout.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return _f32(x, n * c + n), x.new_empty(0) if bits is None else g
+
+
+def _fake_weight(sums: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(weight), *(torch.empty_like(sums[: weight.shape[0]]) for _ in range(3))
+
+
+# What the products move: each operand once, however often the cache has to supply it. Arguments as in the schemas.
+
+
+def _pixels(x: Tensor | None, stride: int) -> Tensor | None:
+    """The pixels that a strided 1x1 convolution reads."""
+    return x if x is None else x[:, :, ::stride, ::stride]
+
+
+def _moments_traffic(x: Tensor, *a: Any) -> Traffic:
+    rows, c, t = _geometry(x, a[-1])[0], x.shape[1], tile("gram", x, x.shape[1], x.shape[1])
+    tiles = -(-c // t.n) * (-(-c // t.n) + 1) // 2  # the upper triangle
+    partials = 8 * split(rows, t.k, tiles)[0] * (c * c + c)
+    return Traffic([_pixels(x, a[-1])], partials, 2 * rows * tiles * t.n**2)
+
+
+def _end_traffic(x: Tensor, *a: Any) -> Traffic:
+    wf, identity, x2, wf2, stride2 = a[6], a[8], a[9], a[10], a[12]
+    depth = x.shape[1] + (0 if x2 is None else x2.shape[1])
+    flops = 2 * (x.numel() // x.shape[1]) * wf.shape[0] * depth
+    return Traffic([x, wf, identity, _pixels(x2, stride2), wf2], flops=flops)
+
+
+def _p_traffic(dout: Tensor, bits: Tensor | None, x: Tensor, *a: Any) -> Traffic:
+    rows, n, c = _geometry(x, a[-1])[0], dout.shape[1], x.shape[1]
+    t = tile("p", x, c, n)
+    parts = split(rows, t.k, -(-n // t.m) * -(-c // t.n))[0]
+    return Traffic([dout, bits, _pixels(x, a[-1])], 8 * parts * (n * c + n), 2 * rows * n * c)
+
+
+def _dz_traffic(g: Tensor, wf: Tensor, x: Tensor, *a: Any) -> Traffic:
+    act, b, stride = a[5], a[6], a[9]
+    (n, c), rows = wf.shape, _geometry(x, stride)[0]
+    partials = 8 * 2 * -(-rows // tile("dz", x, c, n).m) * c if act else 0
+    read = _pixels(x, stride) if act or b is not None else None
+    return Traffic([g, wf, read, b], partials, 2 * rows * c * (n + (0 if b is None else c)))
+
+
+moments = register(
+    f"pointwise_moments(Tensor x, {_PROLOGUE}, int stride) -> (Tensor, Tensor, Tensor)",
+    reference=reference.pointwise_moments,
+    triton=_moments,
+    traffic=_moments_traffic,
+    fake=lambda x, *rest: (_f32(x, x.shape[1]), _f32(x, x.shape[1], x.shape[1]), _f32(x, x.shape[1])),
+    differentiable=False,
+)
+fold = register(
+    "pointwise_fold(Tensor weight, Tensor like, Tensor? mu, Tensor? cov, Tensor? gamma, Tensor? beta, float eps,"
+    " Tensor? mean, Tensor? var, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, int count)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.pointwise_fold,
+    triton=_fold,
+    traffic=lambda weight, like, mu, cov, *_: Traffic([weight, cov]),
+    fake=_fake_fold,
+    differentiable=False,
+)
+pointwise_end = register(
+    f"pointwise_end(Tensor x, {_PROLOGUE}, Tensor wf, Tensor bias, Tensor? identity, Tensor? x2, Tensor? wf2,"
+    " Tensor? bias2, int stride2, Tensor? keep, bool save) -> (Tensor, Tensor)",
+    reference=reference.pointwise_end,
+    triton=_end,
+    traffic=_end_traffic,
+    fake=_fake_end,
+)
+p_sums = register(
+    f"pointwise_p(Tensor dout, Tensor? bits, Tensor x, {_PROLOGUE}, Tensor anchor, Tensor? keep, int stride)"
+    " -> (Tensor, Tensor)",
+    reference=reference.pointwise_p,
+    triton=_p_sums,
+    traffic=_p_traffic,
+    fake=_fake_p,
+)
+weight_gradient = register(
+    "pointwise_weight(Tensor sums, Tensor weight, Tensor wcov, Tensor anchor, Tensor mu, Tensor mean, Tensor var,"
+    " Tensor? gamma, float eps, bool batch) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.pointwise_weight,
+    triton=_weight_gradient,
+    traffic=lambda sums, weight, wcov, *_: Traffic([weight, wcov]),
+    fake=_fake_weight,
+)
+correction = register(
+    "pointwise_correction(Tensor weight, Tensor dvar, Tensor adb, Tensor mu, Tensor like, int count)"
+    " -> (Tensor, Tensor)",
+    reference=reference.pointwise_correction,
+    triton=_correction,
+    traffic=lambda weight, *_: Traffic([weight, weight]),
+    fake=lambda weight, dvar, adb, mu, like, count: (
+        like.new_empty(weight.shape[1], weight.shape[1]), torch.empty_like(mu)
+    ),
+)  # fmt: skip
+pointwise_dz = register(
+    f"pointwise_dz(Tensor g, Tensor wf, Tensor x, {_PROLOGUE}, Tensor? b, Tensor? shift, Tensor? keep, int stride)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference=reference.pointwise_dz,
+    triton=_dz,
+    traffic=_dz_traffic,
+    fake=lambda g, wf, x, *rest: (
+        _read(x, rest[-1]),
+        *(_f32(x, x.shape[1] if rest[5] else 0) for _ in range(2)),
+    ),
+)
+
+
+def _products(storage: str, which: int) -> Iterator[Case]:
+    """The four products with their heaviest options: forward with a pending norm, and the downsample's strided form."""
+    small, half = storage != "fp32", f"*{storage}"
+    types = {"bits_ptr": "*u8", **dict.fromkeys(("wf_ptr", "b_ptr", "x2_ptr", "w2_ptr", "w_ptr"), half)}
+    act = dict(ACT=True, AFFINE=True, PREC="tf32")
+    plain = dict(act, ACT=False)
+    for name, kernel, sizes, first, second in (
+        ("gram", fwd.gram_kernel, ("BC", "BC", "BM"), dict(act, STRIDE=1, PREC="tf32x3"),
+         dict(plain, STRIDE=2, PREC="tf32x3")),
+        ("end", fwd.pointwise_end_kernel, ("BM", "BN", "BK"),
+         dict(act, IDENTITY=True, PAIR=False, STRIDE2=1, KEEP=True, BITS=True),
+         dict(act, IDENTITY=False, PAIR=True, STRIDE2=2, KEEP=True, BITS=True)),
+        ("p", bwd.p_kernel, ("BN", "BC", "BM"), dict(act, MASK=True, KEEP=True, STRIDE=1),
+         dict(plain, MASK=False, KEEP=False, STRIDE=2)),
+        ("dz", bwd.dz_kernel, ("BM", "BC", "BK"), dict(act, BATCH=True, KEEP=True, STRIDE=1),
+         dict(plain, BATCH=True, KEEP=False, STRIDE=2)),
+    ):  # fmt: skip
+        t = GEMM[name][small][which]
+        for i, flags in enumerate((first, second)):
+            yield Case(
+                f"{name}{i + 1}-{storage}-{t.m}x{t.n}x{t.k}", kernel, signature(kernel, storage, types),
+                dict(flags, **dict(zip(sizes, t[:3], strict=True))), dict(num_warps=t.warps, num_stages=t.stages),
+                _aligned(kernel),
+            )  # fmt: skip
+
+
+def _small(storage: str) -> Iterator[Case]:
+    """The matrices between the products; the weight itself is fp32, as under autocast."""
+    types = {"wf_ptr": f"*{storage}", "b_ptr": f"*{storage}", "w_ptr": "*fp32"}
+    size, wide = dict(BN=FOLD.m, BC=FOLD.n), dict(BN=FOLD.k, BC=FOLD.n)
+    for k, flags in (
+        (fwd.fold_kernel, dict(size, AFFINE=True, BATCH=True, RUNNING=True)),
+        (bwd.weight_kernel, dict(size, AFFINE=True, BATCH=True)),
+        (bwd.correction_kernel, wide),
+        (bwd.shift_kernel, wide),
+        (fwd.cov_kernel, dict(BC=FOLD.n)),
+    ):
+        yield Case(
+            f"{k.__name__}-{storage}", k, signature(k, "fp32", types), flags, dict(num_warps=FOLD.warps), _aligned(k)
+        )  # fmt: skip
+
+
+def _aligned(kernel: Any) -> list[str]:
+    return [a for a in kernel.arg_names if a.endswith("_ptr") or a in ("N", "C", "C2", "WIDTH")]
+
+
+def aot_cases() -> Iterator[Case]:
+    """Every launch on sizes that are multiples of 16."""
+    for storage in STORAGE:
+        for which in (0, 1) if storage != "fp32" else (0,):
+            yield from _products(storage, which)
+        yield from _small(storage)
+
+
+def odd_cases() -> Iterator[Case]:
+    """Every launch on other sizes."""
+    for storage in STORAGE:
+        yield from _products(storage, 2)
+        yield from _small(storage)

@@ -1,0 +1,419 @@
+"""Residual blocks and layers, in the terms of mmcls: ``BasicBlock``, ``Bottleneck``, ``ResLayer``.
+
+A block's ``_fused`` is the paper's figure written in :mod:`fastres.functional`; its ``_eager`` calls the modules one
+after another, as mmcls does. Which of the two runs is looked up at every forward (``fused_obstacle``): the norms' real
+types count, so a model stays right when a tool folds, converts, wraps or hooks its norms. Convolutions are called as
+modules on both.
+
+Under activation checkpointing (``with_cp``) the fused path updates running statistics once a step; eager norms are
+called a second time when the block is recomputed and update theirs twice.
+
+Sources: K. He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385; dilation and ``multi_grid``:
+L.-C. Chen et al., arXiv:1706.05587; ``avg_down``: T. He et al., arXiv:1812.01187.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.checkpoint import checkpoint
+
+from fastres._fusable import check_input, check_values, hooked, norm_obstacle, relu_obstacle
+from fastres._norm import DropPath, FusedBatchNorm2d, FusedSyncBatchNorm, convert_sync_batchnorm
+from fastres._registry import MODELS, build_activation_layer, build_conv_layer, build_norm_layer
+from fastres.functional import Pending, add_relu, conv_bn, conv_bn_relu
+from fastres.initialize import BaseModule, InitCfg
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "DropPath",
+    "FusedBatchNorm2d",
+    "FusedSyncBatchNorm",
+    "ResLayer",
+    "ResidualBlock",
+    "convert_sync_batchnorm",
+    "get_expansion",
+]
+
+FUSED_BN = dict(type="FusedBN")
+RELU = dict(type="ReLU", inplace=True)
+_MIN_DROP_PATH = 1e-5  # below this a block has no drop path
+
+
+# ------------------------------------------------------------------------------------------------------------ blocks
+
+
+def get_expansion(block: Any, expansion: int | None = None) -> int:
+    """Output channels of a block over its middle channels: ``expansion`` if given, else the block's own ``expansion``,
+    else 1 for a :class:`BasicBlock` and 4 for a :class:`Bottleneck`.
+
+    AssertionError for less than 1; TypeError for another type, or a block that does not tell."""
+    if isinstance(expansion, int) and not isinstance(expansion, bool):
+        assert expansion > 0, f"get_expansion: expansion is {expansion}; wanted at least 1"
+        return expansion
+    if expansion is not None:
+        raise TypeError(f"get_expansion: expansion is {expansion!r}; wanted an int or None")
+    if hasattr(block, "expansion"):
+        return block.expansion
+    for base, value in ((BasicBlock, 1), (Bottleneck, 4)):
+        if isinstance(block, type) and issubclass(block, base):
+            return value
+    raise TypeError(f"get_expansion: {block!r} has no attribute 'expansion'; wanted one, or expansion=")
+
+
+def _norm(index: int) -> Any:
+    """``norm{index}``, under whatever name the norm's abbreviation gave it."""
+
+    def get(self: Any) -> Any:
+        return self._modules[getattr(self, f"norm{index}_name")]
+
+    return property(get, doc=f"The norm after conv{index}.")
+
+
+class ResidualBlock(BaseModule):
+    """What :class:`BasicBlock` and :class:`Bottleneck` share: the two paths, and the choice between them."""
+
+    convs: int  # convolutions on the residual branch
+    conv1: nn.Module
+    conv2: nn.Module
+    norm1: Any = _norm(1)
+    norm2: Any = _norm(2)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        expansion: int,
+        stride: int,
+        dilation: int,
+        downsample: nn.Module | None,
+        style: str,
+        with_cp: bool,
+        conv_cfg: dict[str, Any] | None,
+        norm_cfg: dict[str, Any],
+        drop_path_rate: float,
+        act_cfg: dict[str, Any],
+        init_cfg: InitCfg | None,
+        convolutions: Sequence[dict[str, Any]],
+    ) -> None:
+        super().__init__(init_cfg)
+        self.in_channels, self.out_channels, self.expansion = in_channels, out_channels, expansion
+        self.mid_channels = convolutions[0]["out_channels"]
+        self.stride, self.dilation, self.style, self.with_cp = stride, dilation, style, with_cp
+        self.conv_cfg, self.norm_cfg = conv_cfg, norm_cfg
+        for i, arguments in enumerate(convolutions, 1):
+            name, norm = build_norm_layer(norm_cfg, arguments["out_channels"], postfix=i)
+            setattr(self, f"norm{i}_name", name)
+            self.add_module(f"conv{i}", build_conv_layer(conv_cfg, bias=False, **arguments))
+            self.add_module(name, norm)
+        self.relu = build_activation_layer(act_cfg)
+        self.downsample = downsample
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > _MIN_DROP_PATH else nn.Identity()
+
+    @property
+    def last_norm(self) -> nn.Module:
+        """The norm at the end of the branch, which ``zero_init_residual`` zeroes."""
+        return self._modules[getattr(self, f"norm{self.convs}_name")]  # type: ignore[return-value]
+
+    def fused_obstacle(self) -> str:
+        """Why this block takes the eager sequence as it is now, in words; empty where it is fused."""
+        for i in range(1, self.convs + 1):
+            name = getattr(self, f"norm{i}_name")
+            if obstacle := norm_obstacle(self._modules[name]):  # type: ignore[arg-type]
+                return f"{name} {obstacle}"
+        if obstacle := relu_obstacle(self.relu):
+            return f"relu {obstacle}"
+        if type(self.drop_path) not in (nn.Identity, DropPath):
+            return f"drop_path is {type(self.drop_path).__name__}"
+        if hooked(self.drop_path):
+            return "drop_path has hooks"
+        return "a hook for all modules is set" if _has_any_global_hook() else ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_channels, H, W] to [N, out_channels, ceil(H / stride), ceil(W / stride)].
+
+        Raises:
+            TypeError, ValueError: naming the argument, before any running statistics change.
+        """
+        self._check(x)
+        if self.fused_obstacle():
+            return self.relu(self._checkpointed(self._eager, x))
+        return self._checkpointed(self._fused, x)
+
+    def _eager(self, x: Tensor) -> Tensor:
+        """The block up to its last ReLU, every module called."""
+        raise NotImplementedError
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """The whole block in fused functions."""
+        raise NotImplementedError
+
+    def _check(self, x: Any) -> None:
+        op = type(self).__name__
+        check_input(op, x, self.conv1)
+        if self.downsample is None:
+            kept = self.stride == 1 or x.shape[2] == x.shape[3] == 1
+            if x.shape[1] != self.out_channels or not kept:
+                raise ValueError(
+                    f"{op}: downsample is None, but the branch changes {list(x.shape)} to {self.out_channels} channels "
+                    f"at stride {self.stride}; wanted a downsample module"
+                )
+        check_values(op, x, self.stride, self)
+
+    def _checkpointed(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self.with_cp and x.requires_grad:
+            return checkpoint(function, x, use_reentrant=False)
+        return function(x)
+
+    def _keep(self, x: Tensor) -> Tensor | None:
+        """Drop path's factor for each sample, or None."""
+        return self.drop_path.keep(x) if isinstance(self.drop_path, DropPath) else None
+
+    def _identity(self, x: Tensor) -> Tensor | Pending:
+        """The shortcut: x itself, its downsample still pending, or a tensor where that cannot be fused."""
+        shortcut = self.downsample
+        if shortcut is None:
+            return x
+        if type(shortcut) is not nn.Sequential or len(shortcut) < 2 or hooked(shortcut):
+            return shortcut(x)
+        *before, conv, norm = shortcut
+        if norm_obstacle(norm):
+            return shortcut(x)
+        for module in before:
+            x = module(x)
+        return conv_bn(x, conv, norm.fused())  # type: ignore[operator]
+
+    def _add(self, out: Tensor, x: Tensor) -> Tensor:
+        """Drop path and the shortcut, eagerly."""
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.drop_path(out)
+        # In place as in mmcls, where it is known that autograd allows it: backward hooks and a ReLU's output forbid it.
+        if (
+            type(self.last_norm) is nn.BatchNorm2d
+            and not hooked(self.last_norm)
+            and not hooked(self.drop_path)
+        ):
+            return out.add_(identity)
+        return out + identity
+
+
+@MODELS.register_module()
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions and the shortcut (ResNet-18, 34).
+
+    Args:
+        in_channels, out_channels: channels of input and output.
+        expansion: 1.
+        stride: of the first convolution.
+        dilation: of the first convolution.
+        downsample: module for the shortcut, or None.
+        style: unused; both styles are one here.
+        with_cp: checkpoint: recompute the block in the backward pass.
+        conv_cfg, norm_cfg, act_cfg: layer configs.
+        drop_path_rate: probability of dropping the branch of a sample in training.
+        init_cfg: as :class:`fastres.initialize.BaseModule`.
+    """
+
+    convs = 2
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        expansion: int = 1,
+        stride: int = 1,
+        dilation: int = 1,
+        downsample: nn.Module | None = None,
+        style: str = "pytorch",
+        with_cp: bool = False,
+        conv_cfg: dict[str, Any] | None = None,
+        norm_cfg: dict[str, Any] = FUSED_BN,
+        drop_path_rate: float = 0.0,
+        act_cfg: dict[str, Any] = RELU,
+        init_cfg: InitCfg | None = None,
+    ) -> None:
+        assert expansion == 1, f"BasicBlock: expansion is {expansion}; wanted 1"
+        first = dict(in_channels=in_channels, out_channels=out_channels, kernel_size=3, stride=stride)
+        first |= dict(padding=dilation, dilation=dilation)
+        second = dict(in_channels=out_channels, out_channels=out_channels, kernel_size=3, padding=1)
+        super().__init__(
+            in_channels, out_channels, expansion, stride, dilation, downsample, style, with_cp, conv_cfg, norm_cfg,
+            drop_path_rate, act_cfg, init_cfg, (first, second),
+        )  # fmt: skip
+
+    def _fused(self, x: Tensor) -> Tensor:
+        z = conv_bn_relu(x, self.conv1, self.norm1.fused())
+        return add_relu(conv_bn(z, self.conv2, self.norm2.fused()), self._identity(x), self._keep(x))
+
+    def _eager(self, x: Tensor) -> Tensor:
+        out = self.relu(self.norm1(self.conv1(x)))
+        return self._add(self.norm2(self.conv2(out)), x)
+
+
+@MODELS.register_module()
+class Bottleneck(ResidualBlock):
+    """1x1, 3x3 and 1x1 convolution and the shortcut (ResNet-50, 101, 152).
+
+    Args:
+        in_channels, out_channels: channels of input and output; out_channels a multiple of ``expansion``.
+        expansion: output channels over middle channels.
+        stride: of the 3x3 (style ``pytorch``) or of the first 1x1 (style ``caffe``).
+        dilation: of the 3x3.
+        groups, mid_channels: of the 3x3; default 1 and out_channels // expansion.
+        downsample, with_cp, conv_cfg, norm_cfg, drop_path_rate, act_cfg, init_cfg: as :class:`BasicBlock`.
+    """
+
+    convs = 3
+    conv3: nn.Module
+    norm3: Any = _norm(3)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        expansion: int = 4,
+        stride: int = 1,
+        dilation: int = 1,
+        downsample: nn.Module | None = None,
+        style: str = "pytorch",
+        with_cp: bool = False,
+        conv_cfg: dict[str, Any] | None = None,
+        norm_cfg: dict[str, Any] = FUSED_BN,
+        drop_path_rate: float = 0.0,
+        act_cfg: dict[str, Any] = RELU,
+        init_cfg: InitCfg | None = None,
+        *,
+        groups: int = 1,
+        mid_channels: int | None = None,
+    ) -> None:
+        assert style in ("pytorch", "caffe"), f"Bottleneck: style is {style!r}; wanted 'pytorch' or 'caffe'"
+        assert out_channels % expansion == 0, (
+            f"Bottleneck: out_channels is {out_channels}; wanted a multiple of expansion, {expansion}"
+        )
+        mid = out_channels // expansion if mid_channels is None else mid_channels
+        strides = (1, stride) if style == "pytorch" else (stride, 1)
+        first = dict(in_channels=in_channels, out_channels=mid, kernel_size=1, stride=strides[0])
+        second = dict(in_channels=mid, out_channels=mid, kernel_size=3, stride=strides[1])
+        second |= dict(padding=dilation, dilation=dilation)
+        if groups != 1:
+            second["groups"] = groups
+        third = dict(in_channels=mid, out_channels=out_channels, kernel_size=1)
+        super().__init__(
+            in_channels, out_channels, expansion, stride, dilation, downsample, style, with_cp, conv_cfg, norm_cfg,
+            drop_path_rate, act_cfg, init_cfg, (first, second, third),
+        )  # fmt: skip
+        self.conv1_stride, self.conv2_stride = strides
+
+    def _fused(self, x: Tensor) -> Tensor:
+        z = conv_bn_relu(x, self.conv1, self.norm1.fused())
+        z = conv_bn_relu(z, self.conv2, self.norm2.fused())
+        return add_relu(conv_bn(z, self.conv3, self.norm3.fused()), self._identity(x), self._keep(x))
+
+    def _eager(self, x: Tensor) -> Tensor:
+        out = self.relu(self.norm1(self.conv1(x)))
+        out = self.relu(self.norm2(self.conv2(out)))
+        return self._add(self.norm3(self.conv3(out)), x)
+
+
+class ResLayer(nn.Sequential):
+    """One stage: ``num_blocks`` blocks, the first with the stage's stride and, where needed, a downsample shortcut.
+
+    Args:
+        block: the block class, or the name of one registered in ``MODELS``.
+        num_blocks: number of blocks.
+        in_channels, out_channels: channels of the stage's input and output.
+        expansion: as :func:`get_expansion`.
+        stride: of the first block.
+        avg_down: downsample by average pooling before the 1x1 convolution, instead of a strided one.
+        conv_cfg, norm_cfg: layer configs.
+        drop_path_rate: one rate, or one for each block.
+        contract_dilation: halve the first block's dilation (mmseg).
+        multi_grid: each block's dilation, instead of ``dilation`` (mmseg).
+        **kwargs: for every block (``dilation``, ``style``, ``with_cp``, ``act_cfg``, ...).
+
+    Raises:
+        AssertionError: a list of another length than ``num_blocks``.
+    """
+
+    def __init__(
+        self,
+        block: type[nn.Module] | str,
+        num_blocks: int,
+        in_channels: int,
+        out_channels: int,
+        expansion: int | None = None,
+        stride: int = 1,
+        avg_down: bool = False,
+        conv_cfg: dict[str, Any] | None = None,
+        norm_cfg: dict[str, Any] = FUSED_BN,
+        drop_path_rate: float | Sequence[float] = 0.0,
+        *,
+        contract_dilation: bool = False,
+        multi_grid: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        block_class = MODELS._resolve(block, "ResLayer")
+        rates = (
+            [drop_path_rate] * num_blocks if isinstance(drop_path_rate, int | float) else list(drop_path_rate)
+        )
+        assert len(rates) == num_blocks, (
+            f"ResLayer: {len(rates)} drop path rates; wanted {num_blocks}, one a block"
+        )
+        dilation = kwargs.pop("dilation", 1)
+        dilations = [dilation] * num_blocks if multi_grid is None else list(multi_grid)
+        assert len(dilations) == num_blocks, (
+            f"ResLayer: multi_grid is {multi_grid}; wanted {num_blocks} dilations"
+        )
+        if multi_grid is None and contract_dilation and dilation > 1:
+            dilations[0] = dilation // 2
+        self.block = block_class
+        self.expansion = get_expansion(block_class, expansion)
+        layers = []
+        for i in range(num_blocks):
+            options = dict(kwargs)
+            if i == 0:
+                options["downsample"] = _downsample(
+                    in_channels, out_channels, stride, avg_down, conv_cfg, norm_cfg
+                )
+            # Left out where they say nothing, so that a user's block need not know them.
+            if dilations[i] != 1:
+                options["dilation"] = dilations[i]
+            if rates[i] > 0:
+                options["drop_path_rate"] = rates[i]
+            layers.append(
+                block_class(
+                    in_channels=in_channels if i == 0 else out_channels,
+                    out_channels=out_channels,
+                    expansion=self.expansion,
+                    stride=stride if i == 0 else 1,
+                    conv_cfg=conv_cfg,
+                    norm_cfg=norm_cfg,
+                    **options,
+                )
+            )
+        super().__init__(*layers)
+
+
+def _downsample(
+    in_channels: int,
+    out_channels: int,
+    stride: int,
+    avg_down: bool,
+    conv_cfg: dict[str, Any] | None,
+    norm_cfg: dict[str, Any],
+) -> nn.Module | None:
+    """[average pooling], 1x1 convolution and norm where the shortcut changes shape, else None."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    pool = avg_down and stride != 1
+    conv = build_conv_layer(
+        conv_cfg, in_channels, out_channels, kernel_size=1, stride=1 if pool else stride, bias=False
+    )
+    layers: list[nn.Module] = [conv, build_norm_layer(norm_cfg, out_channels)[1]]
+    if pool:
+        layers.insert(0, nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False))
+    return nn.Sequential(*layers)

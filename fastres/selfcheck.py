@@ -1,0 +1,243 @@
+"""Parity of every fused operation on this machine's device, without pytest.
+
+Each operation is run forward and backward on random data and held against the same computation by PyTorch in float64;
+it may be at most twice as far from that as eager PyTorch is in the dtype under test, plus a floor (the rule of the
+tests). On a GPU the kernels are what is checked; on a CPU the plain-torch operators, or with TRITON_INTERPRET=1 the
+kernels in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastres import functional
+from fastres.kernels._triton import INTERPRET
+
+__all__ = [
+    "FLOOR",
+    "Case",
+    "Result",
+    "block_end",
+    "bn_relu",
+    "cases",
+    "check",
+    "leaves",
+    "stem_pool",
+    "worst_ratio",
+]
+
+# Relative to the largest magnitude of the reference; the table of tests/tolerance.py, which says why.
+FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+class Case(NamedTuple):
+    """An operation on tensors by name; ``run`` returns its result, gradients are taken of all that require one."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    run: Callable[[dict[str, Tensor]], Tensor]
+    buffers: tuple[str, ...] = ()  # updated in place; compared as results
+
+
+class Result(NamedTuple):
+    case: str
+    dtype: str
+    layout: str
+    route: str
+    worst: float  # largest error as a part of what is allowed
+    what: str  # the tensor it belongs to
+    error: str  # the exception, where there was one
+
+    @property
+    def ok(self) -> bool:
+        return not self.error and self.worst <= 1.0
+
+
+def worst_ratio(ours: Tensor, eager: Tensor, ref: Tensor, dtype: torch.dtype) -> float:
+    """|ours - ref| over 2 |eager - ref| + floor |ref|, in max norms; infinite where NaN or inf stand elsewhere."""
+    got, other, ref = ours.detach().double().cpu(), eager.detach().double().cpu(), ref.detach().cpu()
+    if got.shape != ref.shape or not torch.equal(got.isfinite(), ref.isfinite()):
+        return float("inf")
+    if not got.numel():
+        return 0.0
+    allowed = 2 * float((other - ref).abs().max()) + FLOOR[dtype] * max(float(ref.abs().max()), 1e-30)
+    return float((got - ref).abs().max()) / allowed
+
+
+def _norm(t: dict[str, Tensor], name: str, training: bool) -> functional.BatchNorm:
+    return functional.BatchNorm(
+        t[f"{name}.weight"], t[f"{name}.bias"], t[f"{name}.mean"], t[f"{name}.var"], None, 0.1, 1e-5, training
+    )
+
+
+def _pointwise(weight: Tensor) -> nn.Conv2d:
+    """A 1x1 convolution with this very tensor as its weight, so that the cases stay functions of tensors."""
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=False, device="meta")
+    del conv.weight
+    conv.weight = weight
+    return conv
+
+
+def cases(
+    device: torch.device, small: bool = False, shape: tuple[int, int, int, int] | None = None
+) -> Iterator[Case]:
+    """Every operation, in float32 on ``device``; ``small`` shapes suit the interpreter, ``shape`` sets another."""
+    g = torch.Generator().manual_seed(0)
+    n, c, h, w = shape or ((2, 8, 5, 6) if small else (4, 48, 13, 14))
+
+    def rand(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        return (torch.randn(shape, generator=g) * scale + shift).to(device)
+
+    def norm(name: str, channels: int) -> dict[str, Tensor]:
+        return {
+            f"{name}.weight": rand(channels, scale=0.3, shift=1.0),
+            f"{name}.bias": rand(channels, scale=0.3),
+            f"{name}.mean": rand(channels, scale=0.2),
+            f"{name}.var": rand(channels, scale=0.1).abs() + 0.8,
+        }
+
+    y = rand(n, c, h, w, scale=1.5, shift=0.5)
+    other = rand(n, c, h, w)
+    both = {**norm("bn", c), **norm("bn2", c)}
+    running = ("bn.mean", "bn.var")
+    for training in (True, False):
+        tag, kept = ("", running) if training else (", running statistics", ())
+        one = {**norm("bn", c), "y": y}
+        for name, run_, tensors in (
+            ("batch norm", _plain, one),
+            ("batch norm + ReLU", _relu, one),
+            ("block end", _end, {**one, "identity": other}),
+            ("stem pool", _pool, one),
+            ("block end with downsample", _pair_end, {**both, "y": y, "x": other}),
+        ):
+            yield Case(f"{name}{tag}", tensors, partial(run_, training=training), kept)
+    factor = torch.tensor([0.0, 1.25] * n)[:n].to(device)
+    dropped = {**norm("bn", c), "y": y, "identity": other, "keep": factor}
+    yield Case("block end with drop path", dropped, _end, running)
+    yield Case("add + ReLU", {"a": y, "b": other}, lambda t: functional.add_relu(t["a"], t["b"]))
+    wide = 2 * c
+    fused = {
+        **norm("bn", c), **norm("bn2", wide), "y": y, "identity": rand(n, wide, h, w),
+        "weight": rand(wide, c, 1, 1, scale=c**-0.5),
+    }  # fmt: skip
+    yield Case("1x1 convolution to block end", fused, _widening, ("bn2.mean", "bn2.var"))
+
+
+def _plain(t: dict[str, Tensor], training: bool = True) -> Tensor:
+    return functional.batch_norm(t["y"], _norm(t, "bn", training))
+
+
+def _relu(t: dict[str, Tensor], training: bool = True) -> Tensor:
+    return functional.batch_norm(t["y"], _norm(t, "bn", training), relu=True)
+
+
+def _end(t: dict[str, Tensor], training: bool = True) -> Tensor:
+    branch = functional.conv_bn(t["y"], nn.Identity(), _norm(t, "bn", training))
+    return functional.add_relu(branch, t["identity"], t.get("keep"))
+
+
+def _pair_end(t: dict[str, Tensor], training: bool = True) -> Tensor:
+    branch = functional.conv_bn(t["y"], nn.Identity(), _norm(t, "bn", training))
+    return functional.add_relu(branch, functional.conv_bn(t["x"], nn.Identity(), _norm(t, "bn2", training)))
+
+
+def _pool(t: dict[str, Tensor], training: bool = True) -> Tensor:
+    return functional.max_pool(functional.conv_bn_relu(t["y"], nn.Identity(), _norm(t, "bn", training)))
+
+
+def _widening(t: dict[str, Tensor]) -> Tensor:
+    z = functional.conv_bn_relu(t["y"], nn.Identity(), _norm(t, "bn", True))
+    branch = functional.conv_bn(z, _pointwise(t["weight"]), _norm(t, "bn2", True))
+    return functional.add_relu(branch, t["identity"])
+
+
+def bn_relu(tensors: dict[str, Tensor]) -> Case:
+    """Batch norm with batch statistics and ReLU of ``y``."""
+    return Case("batch norm + ReLU", tensors, _relu)
+
+
+def block_end(tensors: dict[str, Tensor]) -> Case:
+    """The block end of ``y`` and ``identity`` with batch statistics."""
+    return Case("block end", tensors, _end)
+
+
+def stem_pool(tensors: dict[str, Tensor]) -> Case:
+    """Batch norm, ReLU and pooling of ``y`` with batch statistics."""
+    return Case("stem pool", tensors, _pool)
+
+
+def leaves(case: Case, dtype: torch.dtype, memory: torch.memory_format) -> dict[str, Tensor]:
+    """Copies of a case's inputs in ``dtype`` and layout, with gradients wanted."""
+    return _cast(case.tensors, dtype, memory, False)
+
+
+def _cast(
+    tensors: dict[str, Tensor], dtype: torch.dtype, memory: torch.memory_format, wide: bool
+) -> dict[str, Tensor]:
+    """Inputs of one run: activations and weights rounded to ``dtype`` (then held in float64 if ``wide``)."""
+    out = {}
+    for name, t in tensors.items():
+        v = t.to(dtype) if t.dim() == 4 else t.clone()
+        v = v.double() if wide else v
+        if v.dim() == 4:
+            v = v.clone().contiguous(memory_format=memory)
+        leaf = name != "keep" and not name.endswith((".mean", ".var"))
+        out[name] = v.detach().requires_grad_(leaf)
+    return out
+
+
+def _outcome(case: Case, tensors: dict[str, Tensor], dz: Tensor) -> dict[str, Tensor]:
+    result = case.run(tensors)
+    leaves = {k: t for k, t in tensors.items() if t.requires_grad}
+    grads = torch.autograd.grad(result, list(leaves.values()), dz.to(result.dtype))
+    found = {"result": result, **{f"gradient of {k}": v for k, v in zip(leaves, grads, strict=True)}}
+    return {**found, **{k: tensors[k] for k in case.buffers}}
+
+
+def check(
+    case: Case, dtype: torch.dtype, memory: torch.memory_format, route: str, device: torch.device
+) -> Result:
+    """Run one case on ``route`` (a backend's name) and on PyTorch in ``dtype`` and float64."""
+    layout = "channels_last" if memory == torch.channels_last else "NCHW"
+    used, worst, what, error = route, 0.0, "", ""
+    try:
+        with functional.backend("aten"):
+            # The gradient that comes in is rounded as the kernels will see it.
+            with torch.no_grad():
+                shape = case.run(_cast(case.tensors, dtype, memory, False)).shape
+            dz = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+            dz = dz.contiguous(memory_format=memory)
+            eager = _outcome(case, _cast(case.tensors, dtype, memory, False), dz)
+            ref = _outcome(case, _cast(case.tensors, dtype, memory, True), dz.double())
+        with functional.backend(route), functional.record_routes() as log:
+            ours = _outcome(case, _cast(case.tensors, dtype, memory, False), dz)
+        used = "+".join(dict.fromkeys(c.route for c in log)) or route
+        for name in ref:
+            precision = dtype if ours[name].dtype.itemsize >= dtype.itemsize else ours[name].dtype
+            ratio = worst_ratio(ours[name], eager[name], ref[name], precision)
+            if ratio >= worst:
+                worst, what = ratio, name
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    return Result(case.name, str(dtype)[6:], layout, used, worst, what, error)
+
+
+def run(device: torch.device) -> Iterator[Result]:
+    """Every case in every dtype and layout that this device's route serves."""
+    gpu = device.type == "cuda"
+    route = "triton" if gpu or INTERPRET else "reference"
+    dtypes = [torch.float32, torch.float16, torch.bfloat16] if gpu else [torch.float32, torch.bfloat16]
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is checked as fp32
+    try:
+        for case in cases(device, small=INTERPRET):
+            for dtype in dtypes:
+                for memory in (torch.contiguous_format, torch.channels_last):
+                    yield check(case, dtype, memory, route, device)
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
