@@ -1,0 +1,1 @@
+"""Tests of fastres; helpers are imported as ``from tests.tolerance import ...``."""

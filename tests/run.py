@@ -1,0 +1,120 @@
+"""Run lint, types and every test phase, then print one table; exit 1 if any phase failed.
+
+    python tests/run.py                          everything
+    python tests/run.py --only lint              ruff and mypy
+    python tests/run.py --only interpret -k relu one phase, the rest is passed to pytest
+
+The tests need three processes: Triton decides when a kernel is decorated whether it will be interpreted
+(TRITON_INTERPRET=1) or compiled, so kernels in the interpreter and ahead-of-time compiles exclude each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+LINT = {
+    "ruff check": ["ruff", "check", "."],
+    "ruff format": ["ruff", "format", "--check", "."],
+    "mypy": ["mypy"],
+}
+PHASES = {
+    "torch": "not interpret and not aot",
+    "interpret": "interpret",
+    "aot": "aot",
+}
+NO_TESTS = 5  # pytest's exit code when nothing was collected
+
+
+class Result(NamedTuple):
+    name: str
+    ok: bool
+    seconds: float
+    counts: dict[str, int]
+
+
+def run_lint(name: str, command: list[str]) -> Result:
+    start = time.perf_counter()
+    print(f"\n== {name}", flush=True)
+    code = subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode
+    return Result(name, code == 0, time.perf_counter() - start, {})
+
+
+def read_counts(report: Path) -> dict[str, int]:
+    """Tests passed, failed and skipped in a JUnit file; empty when pytest died before it wrote one."""
+    if not report.exists():
+        return {}
+    suite = next(ElementTree.parse(report).iter("testsuite"))
+    total, failures, errors, skipped = (
+        int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped")
+    )
+    failed = failures + errors
+    return {"passed": total - failed - skipped, "failed": failed, "skipped": skipped}
+
+
+def workers() -> list[str]:
+    """Options that spread tests over the cores where pytest-xdist is there and more than one core is."""
+    cores = min(os.cpu_count() or 1, 8)
+    if cores == 1 or importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(cores), "--dist", "worksteal"]
+
+
+def run_phase(name: str, expression: str, extra: list[str]) -> Result:
+    env = dict(os.environ)
+    env.pop("TRITON_INTERPRET", None)
+    if name == "interpret":
+        env["TRITON_INTERPRET"] = "1"
+    print(f"\n== pytest {name}", flush=True)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        options = ["-q", "-m", expression, f"--junitxml={report}", "--durations=8", "--durations-min=2"]
+        command = [sys.executable, "-m", "pytest", *options, *([] if extra else workers()), *extra]
+        code = subprocess.run(command, cwd=ROOT, env=env).returncode
+        counts = read_counts(report)
+    # A phase without tests is a fault of the suite, unless the caller narrowed it.
+    ok = code == 0 or (code == NO_TESTS and bool(extra))
+    return Result(name, ok, time.perf_counter() - start, counts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=["lint", *PHASES], help="one part instead of all")
+    args, extra = parser.parse_known_args()
+    results = []
+    if args.only == "lint" or (args.only is None and not extra):
+        results += [run_lint(name, command) for name, command in LINT.items()]
+    results += [
+        run_phase(name, expression, extra) for name, expression in PHASES.items() if args.only in (None, name)
+    ]
+
+    print("\n" + "=" * 72)
+    total = {"passed": 0, "failed": 0, "skipped": 0}
+    for r in results:
+        counts = ", ".join(f"{n} {k}" for k, n in r.counts.items())
+        print(f"{r.name:<12} {'ok' if r.ok else 'FAILED':<7} {r.seconds:7.1f} s   {counts}")
+        for k, n in r.counts.items():
+            total[k] += n
+    bad = [r.name for r in results if not r.ok]
+    if args.only != "lint" and not sum(total.values()):
+        bad.append("no test was found")
+    print(f"failed: {', '.join(bad)}" if bad else "all parts ok")
+    if any(r.counts for r in results):
+        print(", ".join(f"{n} {k}" for k, n in total.items()))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

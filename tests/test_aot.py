@@ -1,0 +1,139 @@
+"""Every configuration that can be chosen compiles for sm_80, sm_90 and sm_100, and keeps its promises there."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+
+import pytest
+
+from fastres.kernels._aot import Case
+from fastres.kernels._triton import HAS_TRITON, INTERPRET, tl, triton
+from tests import aot
+
+COMPILES = HAS_TRITON and not INTERPRET
+FAMILIES = aot.families()
+WORK = list(aot.work(FAMILIES)) if COMPILES else []
+
+pytestmark = pytest.mark.aot
+
+
+@pytest.mark.parametrize(
+    ("family", "index", "arch"), WORK, ids=[f"{f}.{aot.cases(f)[i].name}-sm_{a}" for f, i, a in WORK]
+)
+def test_configuration(family, index, arch):
+    case = aot.cases(family)[index]
+    assert aot.faults(case, aot.compile_case(case, arch), arch) == []
+
+
+def test_every_kernel_is_compiled():
+    """A kernel is a jit function named so, in whatever module; some family must name each."""
+    kernels = {
+        f"{m}.{name}": value
+        for m in aot.modules()
+        for name, value in vars(importlib.import_module(f"fastres.kernels.{m}")).items()
+        if name.endswith("_kernel") and isinstance(value, triton.JITFunction)
+    }
+    compiled = {id(case.kernel) for family in FAMILIES for case in aot.cases(family)}
+    assert kernels and [name for name, k in kernels.items() if id(k) not in compiled] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_of_cases_are_unique(family):
+    names = [c.name for c in aot.cases(family)]
+    assert sorted(set(names)) == sorted(names)
+
+
+# ------------------------------------------------------------------------------------ the harness itself must bite
+
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr, N, B: tl.constexpr):
+    i = tl.program_id(0) * B + tl.arange(0, B)
+    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < N), mask=i < N)
+
+
+@triton.jit
+def hungry_kernel(x_ptr, y_ptr, B: tl.constexpr):
+    """Holds two tiles that cannot fit one warp's registers, each needed after the other is complete."""
+    i = tl.arange(0, B)
+    a = tl.load(x_ptr + i)
+    b = tl.load(x_ptr + B + i)
+    tl.store(y_ptr + i, a * tl.sum(b, 0) + b * tl.sum(a, 0))
+
+
+@triton.jit
+def matmul_kernel(a_ptr, b_ptr, c_ptr, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    m, n, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, K, BK):
+        a = tl.load(a_ptr + m[:, None] * K + start + k[None, :])
+        b = tl.load(b_ptr + (start + k)[:, None] * BN + n[None, :])
+        acc = tl.dot(a, b, acc)
+    tl.store(c_ptr + m[:, None] * BN + n[None, :], acc)
+
+
+def copy_case(dtype: str, div16: list[str]) -> Case:
+    types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "N": "i32"}
+    return Case("copy", copy_kernel, types, {"B": 1024}, {"num_warps": 4}, div16)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("arch", aot.ARCHS)
+def test_wide_copy_passes_and_narrow_copy_of_16_bit_values_does_not(arch, dtype):
+    good = copy_case(dtype, ["x_ptr", "y_ptr", "N"])
+    compiled = aot.compile_case(good, arch)
+    assert aot.faults(good, compiled, arch) == []
+    assert set(compiled.reads) == set(compiled.writes) == {16}
+    assert 0 < compiled.registers < 64
+    assert compiled.opcodes["EXIT"] >= 1
+    bad = copy_case(dtype, [])
+    found = aot.faults(bad, aot.compile_case(bad, arch), arch)
+    assert len(found) == 3 if dtype == "bf16" else not found
+
+
+@pytest.mark.parametrize("arch", aot.ARCHS)
+def test_spills_are_seen(arch):
+    case = Case(
+        "hungry", hungry_kernel, {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"B": 8192}, {"num_warps": 1},
+        ["x_ptr", "y_ptr"],
+    )  # fmt: skip
+    compiled = aot.compile_case(case, arch)
+    assert compiled.spills > 0 and compiled.opcodes["STL"] > 0
+    assert "spills" in aot.faults(case, compiled, arch)[0]
+
+
+def test_shared_memory_and_tensor_cores_are_read():
+    types = {"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*fp32", "K": "i32"}
+    constants = {"BM": 128, "BN": 128, "BK": 64}
+    case = Case("mm", matmul_kernel, types, constants, {"num_warps": 8, "num_stages": 3}, [*types])
+    compiled = aot.compile_case(case, 90)
+    assert compiled.opcodes["HGMMA"] >= 1 and compiled.opcodes["HMMA"] == 0
+    assert compiled.shared == 3 * (128 * 64 + 64 * 128) * 2
+    assert aot.faults(case, compiled, 90) == []
+    deep = case._replace(options={"num_warps": 8, "num_stages": 8})
+    assert any("shared memory" in f for f in aot.faults(deep, aot.compile_case(deep, 90), 90))
+
+
+def test_each_promise_has_its_fault():
+    case = copy_case("bf16", [])
+    kept = aot.Compiled(32, 0, 0, 128, Counter(), Counter({16: 1}), Counter({16: 1}), [], 0.0)
+    assert aot.faults(case, kept, 80) == []
+    remark = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    broken = {
+        "spills": kept._replace(spills=8),
+        "LDL": kept._replace(opcodes=Counter(LDL=1)),
+        "shared": kept._replace(shared=163 * 1024 + 1),
+        "cannot launch": kept._replace(registers=255, threads=512),
+        "wgmma": kept._replace(opcodes=Counter(HMMA=4)),
+        "C7510": kept._replace(remarks=[remark]),
+        "load": kept._replace(reads=Counter({8: 1})),
+        "store": kept._replace(writes=Counter({4: 3})),
+        "single": kept._replace(reads=Counter({16: 1, 2: 1})),
+    }
+    for word, compiled in broken.items():
+        (found,) = aot.faults(case, compiled, 90 if word == "wgmma" else 80)
+        assert word in found
+    assert aot.faults(case, broken["shared"], 90) == []  # sm_90 has more
+    odd = case._replace(name="copy-odd")
+    assert aot.faults(odd, broken["load"], 80) == [] and aot.faults(odd, broken["spills"], 80) != []
