@@ -1,0 +1,312 @@
+"""What is timed: operations, blocks and networks, each as modules that differ in their norm alone.
+
+``alternatives`` turns a case into functions to time: eager PyTorch, torch.compile and fastres in a memory format each,
+on a GPU also captured in a CUDA graph, and torchvision's and timm's networks where they are installed. A training call
+is forward and backward with a random gradient; a network's is a whole step with cross entropy and SGD.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.nets import network
+
+__all__ = ["NAMES", "Alternative", "Case", "alternatives", "blocks", "net_case", "operations", "wanted"]
+
+
+class Case(NamedTuple):
+    """Inputs of [N, C, H, W] and what to do with them; ``build`` takes the norm's name, ``BN`` or ``FusedBN``."""
+
+    family: str
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    build: Callable[[str], nn.Module]
+    network: bool = False
+
+
+class Alternative(NamedTuple):
+    """A way to run a case: which norm, in which memory format, how."""
+
+    norm: str
+    channels_last: bool
+    how: str = ""  # "", compile, compile-max
+    graph: bool = False
+
+
+NAMES: dict[str, Alternative] = {
+    "eager": Alternative("BN", False),
+    "eager channels_last": Alternative("BN", True),
+    "compile channels_last": Alternative("BN", True, "compile"),
+    "compile max-autotune channels_last": Alternative("BN", True, "compile-max"),
+    "fastres": Alternative("FusedBN", False),
+    "fastres channels_last": Alternative("FusedBN", True),
+    "fastres compiled channels_last": Alternative("FusedBN", True, "compile"),
+    "eager graph channels_last": Alternative("BN", True, "", True),
+    "compile graph channels_last": Alternative("BN", True, "compile", True),
+    "fastres graph channels_last": Alternative("FusedBN", True, "", True),
+    "torchvision channels_last": Alternative("torchvision", True),
+    "timm channels_last": Alternative("timm", True),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- modules
+
+
+def _norm(kind: str, channels: int) -> nn.Module:
+    from fastres import FusedBatchNorm2d
+
+    return nn.BatchNorm2d(channels) if kind == "BN" else FusedBatchNorm2d(channels)
+
+
+class BnRelu(nn.Module):
+    """relu(bn(y))."""
+
+    def __init__(self, channels: int, kind: str) -> None:
+        super().__init__()
+        self.norm, self.kind = _norm(kind, channels), kind
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.kind == "BN":
+            return torch.relu_(self.norm(y))
+        from fastres import functional
+
+        return functional.batch_norm(y, self.norm.fused(), relu=True)
+
+
+class BlockEnd(nn.Module):
+    """relu(bn(y) + identity)."""
+
+    def __init__(self, channels: int, kind: str) -> None:
+        super().__init__()
+        self.norm, self.kind, self.conv = _norm(kind, channels), kind, nn.Identity()
+
+    def forward(self, y: Tensor, identity: Tensor) -> Tensor:
+        if self.kind == "BN":
+            return torch.relu_(self.norm(y).add_(identity))
+        from fastres import functional
+
+        return functional.add_relu(functional.conv_bn(y, self.conv, self.norm.fused()), identity)
+
+
+class StemPool(nn.Module):
+    """maxpool(relu(bn(y)))."""
+
+    def __init__(self, channels: int, kind: str) -> None:
+        super().__init__()
+        self.norm, self.kind, self.conv = _norm(kind, channels), kind, nn.Identity()
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.kind == "BN":
+            return torch.max_pool2d(torch.relu_(self.norm(y)), 3, 2, 1)
+        from fastres import functional
+
+        return functional.max_pool(functional.conv_bn_relu(y, self.conv, self.norm.fused()))
+
+
+class Shortcut(nn.Module):
+    """A block of fastres, ``BasicBlock`` or ``Bottleneck``."""
+
+    def __init__(self, name: str, channels_in: int, channels_out: int, stride: int, kind: str) -> None:
+        super().__init__()
+        import fastres
+
+        layer = fastres.ResLayer(
+            getattr(fastres, name), 1, channels_in, channels_out, stride=stride, norm_cfg=dict(type=kind)
+        )
+        self.block = layer[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+def operations(batch: int, scale: int = 1) -> list[Case]:
+    """Operations at the shapes of ResNet-50's first and third stage; ``scale`` divides the pixels along a side."""
+    cases = []
+    for c, side in ((64, 56), (1024, 14)):
+        s = max(side // scale, 4)
+        shape = (batch, c, s, s)
+        cases.append(Case("operation", f"bn+relu {c}x{s}", (shape,), lambda k, c=c: BnRelu(c, k)))
+        cases.append(Case("operation", f"block end {c}x{s}", (shape, shape), lambda k, c=c: BlockEnd(c, k)))
+    s = max(112 // scale, 8)
+    cases.append(Case("operation", f"stem pool 64x{s}", ((batch, 64, s, s),), lambda k: StemPool(64, k)))
+    return cases
+
+
+def blocks(batch: int, scale: int = 1) -> list[Case]:
+    """Blocks of ResNet-18 and ResNet-50."""
+    cases = []
+    for name, cin, cout, side, stride in (
+        ("BasicBlock", 64, 64, 56, 1), ("BasicBlock", 128, 256, 28, 2),
+        ("Bottleneck", 256, 256, 56, 1), ("Bottleneck", 512, 1024, 28, 2),
+    ):  # fmt: skip
+        s = max(side // scale, 4)
+
+        def build(
+            k: str, name: str = name, cin: int = cin, cout: int = cout, stride: int = stride
+        ) -> nn.Module:
+            return Shortcut(name, cin, cout, stride, k)
+
+        label = f"{name} {cin}->{cout} {s} stride {stride}"
+        cases.append(Case("block", label, ((batch, cin, s, s),), build))
+    return cases
+
+
+def _foreign(package: str, name: str) -> nn.Module:
+    if package == "torchvision":
+        import torchvision
+
+        return getattr(torchvision.models, name)()
+    import timm
+
+    return timm.create_model(name, pretrained=False)
+
+
+def net_case(name: str, batch: int, size: int = 224) -> Case:
+    """A network of ``benchmarks.nets``; as ``torchvision`` or ``timm``, that package's."""
+
+    def build(kind: str) -> nn.Module:
+        return _foreign(kind, name) if kind in ("torchvision", "timm") else network(name, kind)
+
+    return Case("network", name, ((batch, 3, size, size),), build, network=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- running
+
+
+def wanted(case: Case, device: torch.device, compiled: bool, full: bool) -> list[str]:
+    """Names of the alternatives to time; ``full`` adds graphs, max-autotune and other packages' networks."""
+    names = ["eager", "eager channels_last", "fastres", "fastres channels_last"]
+    if compiled:
+        names.append("compile channels_last")
+    if full:
+        names += ["compile max-autotune channels_last", "fastres compiled channels_last"] if compiled else []
+        if case.network:
+            if device.type == "cuda":
+                names += [n for n, a in NAMES.items() if a.graph and (compiled or not a.how)]
+            names += [
+                f"{p} channels_last" for p in ("torchvision", "timm")
+                if importlib.util.find_spec(p) is not None and case.name.startswith("resnet") and "v1d" not in case.name
+            ]  # fmt: skip
+    return names
+
+
+def _sets(case: Case, device: torch.device, dtype: torch.dtype) -> int:
+    if device.type != "cuda":
+        return 1
+    bytes_ = 0
+    for shape in case.shapes:
+        n = dtype.itemsize
+        for d in shape:
+            n *= d
+        bytes_ += n
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(8, -(-2 * cache // max(bytes_, 1))))
+
+
+def _operation_call(
+    model: nn.Module,
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    memory: torch.memory_format,
+    train: bool,
+) -> Callable[[int], object]:
+    sets = []
+    for i in range(_sets(case, device, dtype)):
+        g = torch.Generator(device).manual_seed(i)
+        xs = [
+            torch.randn(s, generator=g, device=device)
+            .to(dtype)
+            .contiguous(memory_format=memory)
+            .requires_grad_(train)
+            for s in case.shapes
+        ]
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            out = model(*xs)
+            dz = torch.randn(out.shape, generator=g, device=device).to(out.dtype) if train else None
+            dz = dz.contiguous(memory_format=memory) if dz is not None else None
+        sets.append((xs, dz))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    reduced = dtype != torch.float32
+
+    def call(i: int) -> object:
+        xs, dz = sets[i % len(sets)]
+        with torch.autocast(device.type, dtype if reduced else None, enabled=reduced):
+            if not train:
+                with torch.no_grad():
+                    return model(*xs)
+            out = model(*xs)
+        return torch.autograd.grad(out, [*xs, *parameters], dz)
+
+    return call
+
+
+def _network_call(
+    model: nn.Module, case: Case, device: torch.device, dtype: torch.dtype, memory: torch.memory_format, train: bool,
+    graph: bool,
+) -> Callable[[int], object]:  # fmt: skip
+    g = torch.Generator(device).manual_seed(0)
+    x = torch.randn(case.shapes[0], generator=g, device=device).contiguous(memory_format=memory)
+    target = torch.randint(1000, (case.shapes[0][0],), generator=g, device=device)
+    reduced = dtype != torch.float32
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step(i: int) -> object:
+        with torch.autocast(
+            device.type, dtype if reduced else None, enabled=reduced, cache_enabled=not graph
+        ):
+            if not train:
+                with torch.no_grad():
+                    return model(x)
+            loss = nn.functional.cross_entropy(model(x).float(), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=not graph)
+        return loss
+
+    if not graph:
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(3):
+            step(i)
+    torch.cuda.current_stream().wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        step(0)
+    return lambda i: captured.replay()
+
+
+def prepare(
+    case: Case, name: str, device: torch.device, dtype: torch.dtype, train: bool
+) -> Callable[[int], object]:
+    """One alternative, ready to be called with the number of the call."""
+    a = NAMES[name]
+    memory = torch.channels_last if a.channels_last else torch.contiguous_format
+    torch.manual_seed(0)
+    model: Any = case.build(a.norm).to(device).to(memory_format=memory).train(train)
+    if a.how:
+        torch._dynamo.reset()
+        model = torch.compile(model, mode="max-autotune-no-cudagraphs" if a.how == "compile-max" else None)
+    if case.network:
+        return _network_call(model, case, device, dtype, memory, train, a.graph)
+    return _operation_call(model, case, device, dtype, memory, train)
+
+
+def alternatives(
+    case: Case, names: list[str], device: torch.device, dtype: torch.dtype, train: bool
+) -> tuple[dict[str, Callable[[int], object]], dict[str, str]]:
+    """Every named alternative that could be made, and of the others why not."""
+    ready, failed = {}, {}
+    for name in names:
+        try:
+            ready[name] = prepare(case, name, device, dtype, train)
+        except Exception as error:  # a missing compiler or too little memory must not cost the other rows
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+    return ready, failed

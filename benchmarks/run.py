@@ -1,0 +1,175 @@
+"""Time a suite and write its rows: eager, torch.compile and fastres in turn, in one process.
+
+    python -m benchmarks.run --suite operations
+    python -m benchmarks.run --suite networks --model resnet50 --batch 256 --dtype bf16 --full
+
+Parity comes first: nothing is timed before ``fastres selfcheck`` has passed on the device. Rows that the output folder
+already has for this commit and device are not measured again, so a run that was stopped goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import Case, alternatives, blocks, net_case, operations, wanted
+from benchmarks.meter import DTYPES
+from benchmarks.nets import NETWORKS
+from benchmarks.rows import RESULTS, Writer, commit, key, read
+from fastres import selfcheck
+from fastres._timing import Sample, interleaved, synchronize
+from fastres.commands.tune import seconds
+
+__all__ = ["main", "measure", "peak_bytes"]
+
+
+def peak_bytes(call: Any, device: torch.device) -> int:
+    """Most device memory that one call holds beyond what was there before; 0 on the CPU, where it is not measured."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call(0)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def gate(device: torch.device) -> list[str]:
+    """What ``selfcheck`` misses on this device."""
+    return [
+        f"{r.case} {r.dtype} {r.layout}: {r.error or f'{r.worst:.2f} in {r.what}'}"
+        for r in selfcheck.run(device)
+        if not r.ok
+    ]
+
+
+def _numbers(s: Sample, batch: int) -> dict[str, Any]:
+    return dict(
+        median_s=s.median, q25_s=s.low, q75_s=s.high, min_s=s.least, rounds=s.rounds, calls=s.calls,
+        images_per_s=batch / s.median,
+    )  # fmt: skip
+
+
+def measure(
+    writer: Writer, case: Case, names: list[str], device: torch.device, dtype: str, train: bool, done: set[Any],
+    rounds: int, region: float, budget: float,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Time a case's alternatives that are not in ``done`` and write their rows."""
+    batch, size = case.shapes[0][0], case.shapes[0][-1]
+    same = dict(case=case.name, batch=batch, size=size, dtype=dtype, mode="train" if train else "infer")
+    todo = [n for n in names if key(dict(suite=writer.suite, alternative=n, **same)) not in done]
+    ready, failed = alternatives(case, todo, device, DTYPES[dtype], train)
+    for name, call in list(ready.items()):
+        try:
+            for i in range(2):
+                call(i)
+            synchronize(device)
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
+            del ready[name]
+    memory = {name: peak_bytes(call, device) for name, call in ready.items()}
+    samples = interleaved(ready, device, rounds, region, warmup=2, budget=budget) if ready else {}
+    rows = [
+        writer.row(alternative=n, **same, **_numbers(s, batch), peak_bytes=memory[n])
+        for n, s in samples.items()
+    ]
+    rows += [writer.row(alternative=n, **same, error=why) for n, why in failed.items()]
+    ready.clear()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    if args.suite == "operations":
+        return [c for b in args.batch for c in operations(b, args.scale)]
+    if args.suite == "blocks":
+        return [c for b in args.batch for c in blocks(b, args.scale)]
+    return [net_case(m, b, args.size) for m in args.model for b in args.batch]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--suite", default="operations", choices=("operations", "blocks", "networks"))
+    parser.add_argument(
+        "--model", nargs="+", default=["resnet50" if gpu else "resnet18"], choices=sorted(NETWORKS)
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[256 if gpu else 4])
+    parser.add_argument(
+        "--size", type=int, default=224 if gpu else 64, help="pixels along a side of the image"
+    )
+    parser.add_argument(
+        "--scale", type=int, default=1 if gpu else 2, help="divides the pixels of operations and blocks"
+    )
+    parser.add_argument("--dtype", nargs="+", default=["bf16" if gpu else "fp32"], choices=sorted(DTYPES))
+    parser.add_argument("--mode", nargs="+", default=["train", "infer"], choices=("train", "infer"))
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=gpu, help="time torch.compile too"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="graphs, max-autotune and other packages' networks too"
+    )
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--region", type=seconds, default=0.1, help="least time of a timed region")
+    parser.add_argument(
+        "--budget", type=seconds, default=480.0, help="time after which no further case begins"
+    )
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    device, stop = torch.device(args.device), time.perf_counter() + args.budget
+    missed = gate(device)
+    if missed:
+        print("parity is missed; nothing is timed", *missed, sep="\n", file=sys.stderr)
+        return 1
+    writer = Writer(args.out, args.suite, device)
+    head = (writer.head["commit"], writer.head["device"])
+    done = {
+        key(r)
+        for run, rows in read(args.out)
+        if (run["commit"], run["device"]) == head and commit() and "+" not in commit()
+        for r in rows
+        if "error" not in r
+    }
+    left = 0
+    for case in _cases(args):
+        for dtype in args.dtype:
+            for mode in args.mode:
+                if time.perf_counter() >= stop:
+                    left += 1
+                    continue
+                names = wanted(case, device, args.compile, args.full)
+                share = max(5.0, (stop - time.perf_counter()) / 2)
+                rows = measure(
+                    writer, case, names, device, dtype, mode == "train", done, args.rounds, args.region, share
+                )
+                for r in rows:
+                    text = (
+                        r.get("error")
+                        or f"{r['median_s'] * 1e3:10.3f} ms  {r['images_per_s']:10.1f} images/s"
+                    )
+                    print(f"{case.name:<32}{dtype} {mode:<6}{r['alternative']:<36}{text}", flush=True)
+    writer.close()
+    print(f"{writer.path}" + (f"; {left} cases left for the next run" if left else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
