@@ -50,7 +50,7 @@ ELEMENTWISE: dict[bool, tuple[Tile, ...]] = {
     False: (Tile(64, 64, 8), Tile(16, 256, 8), Tile(4, 512, 4)),
 }
 REDUCTION: dict[bool, tuple[Tile, ...]] = {
-    True: (Tile(128, 16, 4), Tile(64, 32, 4), Tile(32, 64, 4)),
+    True: (Tile(64, 16, 4), Tile(64, 32, 4), Tile(32, 64, 4)),
     False: (Tile(32, 64, 4), Tile(8, 256, 4), Tile(2, 1024, 4)),
 }
 MERGE = Tile(32, 32, 4)  # the second stage: [partials, channels]
