@@ -15,13 +15,14 @@ __all__ = ["check_input", "check_values", "hooked", "norm_obstacle", "relu_obsta
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its class's forward: hooks, or a forward of its own."""
+    """Whether calling ``module`` does more than its class's forward: hooks, a forward of its own, or a compiled one."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
     )
 
 

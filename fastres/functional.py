@@ -36,15 +36,17 @@ from fastres.kernels import block_end as moment_form
 from fastres.kernels import pool as pool_ops
 from fastres.kernels import residual_add_relu as end_ops
 from fastres.kernels._check import check_activation, check_aten, check_like, check_vector, fail
-from fastres.kernels._sync import merge_over_group
-from fastres.kernels.block_start import block_start
+from fastres.kernels._sync import merge_over_group, update_running
+from fastres.kernels.block_start import block_start, start_conv
 
 __all__ = [
     "BACKENDS",
     "BatchNorm",
     "Choice",
+    "Linked",
     "Pending",
     "add_relu",
+    "add_relu_linked",
     "assume_gpu",
     "backend",
     "batch_norm",
@@ -69,7 +71,7 @@ class Pending:
 
     __slots__ = ("_moments", "_tracked", "_y", "_z", "bn", "conv", "relu", "x")
 
-    def __init__(self, x: Tensor | Pending, conv: nn.Module, bn: BatchNorm, relu: bool) -> None:
+    def __init__(self, x: Tensor | Pending | Linked, conv: nn.Module, bn: BatchNorm, relu: bool) -> None:
         self.x, self.conv, self.bn, self.relu = x, conv, bn, relu
         self._y: Tensor | None = None
         self._z: Tensor | None = None
@@ -101,17 +103,34 @@ class Pending:
         return self.bn if first or not self.bn.training else _untracked(self.bn)
 
 
-def materialize(x: Tensor | Pending) -> Tensor:
-    """A tensor, whether it was one or was pending."""
-    return x.tensor() if isinstance(x, Pending) else x
+class Linked:
+    """The output of a block that nothing but the next block will see: the gradient of ``out`` must come back with the
+    block's last ReLU applied, which the next block does in passing (``kernels/block_start.py``)."""
+
+    __slots__ = ("_tensor", "bits", "out")
+
+    def __init__(self, out: Tensor, bits: Tensor) -> None:
+        self.out, self.bits = out, bits
+        self._tensor: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        """For whoever does not apply that ReLU: the same values, with a gradient like any other."""
+        if self._tensor is None:
+            self._tensor = moment_form.unmasked(self.out, self.bits)
+        return self._tensor
 
 
-def conv_bn(x: Tensor | Pending, conv: nn.Module, bn: BatchNorm, relu: bool = False) -> Pending:
+def materialize(x: Tensor | Pending | Linked) -> Tensor:
+    """A tensor, whether it was one, was pending or was on its way to the next block."""
+    return x if isinstance(x, Tensor) else x.tensor()
+
+
+def conv_bn(x: Tensor | Pending | Linked, conv: nn.Module, bn: BatchNorm, relu: bool = False) -> Pending:
     """``bn(conv(x))``, pending."""
     return Pending(x, conv, bn, relu)
 
 
-def conv_bn_relu(x: Tensor | Pending, conv: nn.Module, bn: BatchNorm) -> Pending:
+def conv_bn_relu(x: Tensor | Pending | Linked, conv: nn.Module, bn: BatchNorm) -> Pending:
     """``relu(bn(conv(x)))``, pending."""
     return Pending(x, conv, bn, True)
 
@@ -194,12 +213,15 @@ def _moments(y: Tensor, bn: BatchNorm) -> _Moments:
         _count(bn)
         return _Moments(mean, var, None, None)
     mean, var = bn_ops.batch_norm_stats(y.detach(), None, None, 0.0)
-    mean, var, count = merge_over_group(mean, var, y, bn.group.group_name)
-    if bn.running_mean is not None and bn.running_var is not None:
-        with torch.no_grad():
-            bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), momentum)
-            unbiased = var * (count / (count - 1).clamp(min=1))
-            bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), momentum)
+    return _merged(mean, var, y, bn, momentum)
+
+
+def _merged(mean: Tensor, var: Tensor, y: Tensor, bn: BatchNorm, momentum: float) -> _Moments:
+    """This rank's statistics of y to those of the norm's group; updates the running ones."""
+    assert bn.group is not None
+    values = y.numel() // max(y.shape[1], 1)
+    mean, var, count = merge_over_group(mean, var, values, bn.group.group_name)
+    update_running(bn.running_mean, bn.running_var, mean, var, count, momentum)
     _count(bn)
     return _Moments(mean, var, count, bn.group.group_name)
 
@@ -304,14 +326,9 @@ def _operand(p: Pending) -> Tensor | str:
     """The tensor that the moment form of a pending convolution would read, or why there is none."""
     if p._y is not None:
         return "the convolution has been evaluated"
-    if p.bn.group is not None and p.bn.training:
-        return "statistics over a process group"
-    source = p.x
+    source = p.x.out if isinstance(p.x, Linked) else p.x
     if isinstance(source, Pending):
-        ready = (
-            source._z is not None or not source.relu or (source.bn.group is not None and source.bn.training)
-        )
-        source = source.tensor() if ready else source.raw()
+        source = source.tensor() if source._z is not None or not source.relu else source.raw()
     device = source.device.type
     if source.dim() != 4 or not source.numel() or not source.is_contiguous(memory_format=torch.channels_last):
         return "input is not channels_last"
@@ -322,46 +339,77 @@ def _operand(p: Pending) -> Tensor | str:
     return source
 
 
-def _start(branch: Pending, identity: Tensor | Pending) -> Tensor | None:
-    """Evaluate a block's first 1x1 convolution together with the identity, where both read the same tensor and a
-    gradient will come back through both; what stands for the identity then, or None.
+def _start(branch: Pending, identity: Tensor | Pending | Linked) -> Tensor | None:
+    """Evaluate a block's first 1x1 convolution, norm and ReLU together with the identity, where both read the same
+    tensor and a gradient will come back through both; what stands for the identity then, or None.
     """
     root = branch
     while isinstance(root.x, Pending):
         root = root.x
-    x, conv = root.x, root.conv
-    source = identity.x if isinstance(identity, Pending) else identity
-    if root is branch or x is not source or root._y is not None or root._z is not None:
+    conv, source = root.conv, identity.x if isinstance(identity, Pending) else identity
+    if root is branch or root.x is not source or not root.relu or root._y is not None or root._z is not None:
         return None
+    x, bits = (source.out, source.bits) if isinstance(source, Linked) else (source, None)
     if not (torch.is_grad_enabled() and x.requires_grad) or isinstance(_operand(root), str):
         return None
     if conv.stride != (1, 1) or (isinstance(identity, Pending) and isinstance(_operand(identity), str)):
         return None
     assert isinstance(conv, nn.Conv2d)
-    rows = x.shape[0] * x.shape[2] * x.shape[3]
-    if (
-        not moments_pay(rows, x.shape[1], conv.out_channels)
-        or decide("add_relu", x, (), (root.bn,))[0] == "aten"
-    ):
+    n, _, h, w = x.shape
+    route, reason = decide("add_relu", x, (), (root.bn,))
+    if route == "aten" or not moments_pay(n * h * w, x.shape[1], conv.out_channels):
         return None
+    _check_norm("batch_norm", (n, conv.out_channels, h, w), x.device, root.bn)
+    record("batch_norm", x, route, f"{reason}; block start", (root.bn,))
     stride = 1
     if isinstance(identity, Pending):
         assert isinstance(identity.conv, nn.Conv2d)
         stride = identity.conv.stride[0]
-    root._y, read = block_start(x, conv.weight, stride)
+    bn, momentum = _tracking(root.once())
+    grouped = bn.training and bn.group is not None
+    running = (None, None, 0.0) if grouped or not bn.training else (bn.running_mean, bn.running_var, momentum)
+    y, mean, var = start_conv(x.detach(), conv.weight.detach(), bn.training, *running)
+    if not bn.training:
+        s = _moments(y, bn)
+    elif grouped:
+        s = _merged(mean, var, y, bn, momentum)
+    else:
+        s = _Moments(mean, var, None, None)
+        _count(bn)
+    root._z, read = block_start(
+        x, conv.weight, bn.weight, bn.bias, y, s.mean, s.var, s.values, bits,
+        eps=bn.eps, batch=bn.training, group=s.group, stride=stride,
+    )  # fmt: skip
     return read
+
+
+def _open_below(p: Pending) -> None:
+    """Replace a link that pending parts read: whoever reads it will not apply the block's ReLU."""
+    while isinstance(p.x, Pending):
+        p = p.x
+    p.x = materialize(p.x)
+
+
+def _opened(p: Tensor | Pending | Linked) -> Tensor | Pending:
+    if isinstance(p, Pending):
+        _open_below(p)
+        return p
+    return materialize(p)
 
 
 def _branch(p: Pending, x: Tensor, read: Tensor | None = None) -> moment_form.Branch:
     conv, bn = p.conv, p.bn
     assert isinstance(conv, nn.Conv2d)
     stride = conv.stride[0]
-    mine = (x, conv.weight, bn.weight, bn.bias, bn.eps, bn.training, stride)
+    group = bn.group.group_name if bn.training and bn.group is not None else None
+    mine = (x, conv.weight, bn.weight, bn.bias, bn.eps, bn.training, stride, group)
     if not isinstance(p.x, Pending) or p.x._z is not None:
         read = x[:, :, ::stride, ::stride] if read is None and stride > 1 else read
         return moment_form.Branch(*mine, read=read)
     s, bn0 = p.x.moments(), p.x.bn
-    return moment_form.Branch(*mine, s.mean, s.var, bn0.weight, bn0.bias, bn0.eps, bn0.training)
+    return moment_form.Branch(
+        *mine, s.mean, s.var, bn0.weight, bn0.bias, bn0.eps, bn0.training, s.values, s.group
+    )
 
 
 def _fold(b: moment_form.Branch, bn: BatchNorm) -> moment_form.Folded:
@@ -372,8 +420,8 @@ def _fold(b: moment_form.Branch, bn: BatchNorm) -> moment_form.Folded:
 
 
 def _moment_form(
-    branch: Pending, identity: Tensor | Pending, keep: Tensor | None, name: str, read: Tensor | None
-) -> Tensor | str:  # fmt: skip
+    branch: Pending, identity: Tensor | Pending, keep: Tensor | None, name: str, read: Tensor | None, linked: bool
+) -> Tensor | Linked | str:  # fmt: skip
     """The block end without the last convolution's output; or why not, where it does not apply or does not pay."""
     op, conv = "add_relu", branch.conv
     if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (1, 1) or conv.stride != (1, 1):
@@ -411,15 +459,21 @@ def _moment_form(
     if isinstance(identity, Pending):
         second = _branch(identity, other, read)
         folded2 = _fold(second, identity.once())
-    return moment_form.block_end(first, folded, None if second else other, second, folded2, keep)
+    linked = linked and out > 1  # with one channel the mask's bytes depend on how the layout is read
+    result, bits = moment_form.block_end(
+        first, folded, None if second else other, second, folded2, keep, linked
+    )
+    return Linked(result, bits) if linked else result
 
 
-def add_relu(branch: Tensor | Pending, identity: Tensor | Pending, keep: Tensor | None = None) -> Tensor:
+def add_relu(
+    branch: Tensor | Pending, identity: Tensor | Pending | Linked, keep: Tensor | None = None
+) -> Tensor:
     """The end of a residual block: ``relu(keep_n * branch + identity)``.
 
     Args:
         branch: [N, C, H, W], or the pending last convolution and norm of the branch (without ReLU).
-        identity: the same, or the pending downsample convolution and norm.
+        identity: the same, or the pending downsample convolution and norm, or the output of the block before.
         keep: [N] factor of each sample's branch (drop path: 0 or 1 / keep probability), or None.
 
     Returns:
@@ -428,10 +482,24 @@ def add_relu(branch: Tensor | Pending, identity: Tensor | Pending, keep: Tensor 
     Raises:
         TypeError, ValueError: naming the argument, before any running statistics of this call are touched.
     """
+    return materialize(_add_relu(branch, identity, keep, False))
+
+
+def add_relu_linked(
+    branch: Tensor | Pending, identity: Tensor | Pending | Linked, keep: Tensor | None = None
+) -> Tensor | Linked:  # fmt: skip
+    """As :func:`add_relu`, for a result that nothing but the next block's functions will see."""
+    return _add_relu(branch, identity, keep, torch.is_grad_enabled())
+
+
+def _add_relu(
+    branch: Tensor | Pending, identity: Tensor | Pending | Linked, keep: Tensor | None, linked: bool
+) -> Tensor | Linked:  # fmt: skip
     op, name = "add_relu", "identity"
     if isinstance(branch, Pending) and branch.relu or isinstance(identity, Pending) and identity.relu:
         raise ValueError("add_relu: a pending operand has a ReLU of its own; wanted conv_bn without ReLU")
     if not isinstance(branch, Pending):
+        identity = _opened(identity)
         check_activation(op, "branch", branch)
         _check_keep(op, keep, branch)
         if not isinstance(identity, Pending):
@@ -441,9 +509,13 @@ def add_relu(branch: Tensor | Pending, identity: Tensor | Pending, keep: Tensor 
         # A sum: the pending one takes the branch's part.
         branch, identity, keep, name = identity, branch, None, "branch"
     read = _start(branch, identity)
-    if read is not None and not isinstance(identity, Pending):
+    if read is None:
+        _open_below(branch)
+        identity = _opened(identity)
+    elif not isinstance(identity, Pending):
         identity = read
-    out = _moment_form(branch, identity, keep, name, read)
+    assert not isinstance(identity, Linked)
+    out = _moment_form(branch, identity, keep, name, read, linked)
     if not isinstance(out, str):
         return out
     bn = branch.bn
@@ -479,7 +551,7 @@ def add_relu(branch: Tensor | Pending, identity: Tensor | Pending, keep: Tensor 
 # -------------------------------------------------------------------------------------------------------- pool
 
 
-def max_pool(x: Tensor | Pending) -> Tensor:
+def max_pool(x: Tensor | Pending | Linked) -> Tensor:
     """3x3 max pooling, stride 2, padding 1, of an activation or of a pending stem (norm and ReLU in the same pass).
 
     Args:

@@ -20,7 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastres._calling import listed, suggest
 from fastres._fusable import check_input, check_values, hooked, norm_obstacle, relu_obstacle
 from fastres._registry import MODELS, build_activation_layer, build_conv_layer, build_norm_layer
-from fastres.functional import Pending, conv_bn_relu, materialize, max_pool
+from fastres.functional import Linked, Pending, conv_bn_relu, materialize, max_pool
 from fastres.initialize import BaseModule, InitCfg, constant_init
 from fastres.modules import RELU, BasicBlock, Bottleneck, ResidualBlock, ResLayer, get_expansion
 
@@ -315,11 +315,17 @@ class ResNet(BaseModule):
         return self._stages(x)
 
     def _stages(self, x: Tensor) -> tuple[Tensor, ...]:
-        outs = []
+        outs: list[Tensor] = []
+        last = len(self.res_layers) - 1
+        between: Tensor | Linked = x
         for i, name in enumerate(self.res_layers):
-            x = self._modules[name](x)  # type: ignore[misc]
+            layer = self._modules[name]
+            if type(layer) is ResLayer and not hooked(layer) and not _has_any_global_hook():
+                between = layer.chained(between, linked=i < last and i not in self.out_indices)
+            else:
+                between = layer(materialize(between))  # type: ignore[misc]
             if i in self.out_indices:
-                outs.append(x)
+                outs.append(materialize(between))
         return tuple(outs)
 
     def _check(self, x: Any) -> None:

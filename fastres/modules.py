@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from fastres._fusable import check_input, check_values, hooked, norm_obstacle, relu_obstacle
 from fastres._norm import DropPath, FusedBatchNorm2d, FusedSyncBatchNorm, convert_sync_batchnorm
 from fastres._registry import MODELS, build_activation_layer, build_conv_layer, build_norm_layer
-from fastres.functional import Pending, add_relu, conv_bn, conv_bn_relu
+from fastres.functional import Linked, Pending, add_relu, add_relu_linked, conv_bn, conv_bn_relu, materialize
 from fastres.initialize import BaseModule, InitCfg
 
 __all__ = [
@@ -169,22 +169,24 @@ class ResidualBlock(BaseModule):
             return checkpoint(function, x, use_reentrant=False)
         return function(x)
 
-    def _keep(self, x: Tensor) -> Tensor | None:
+    def _keep(self, x: Tensor | Linked) -> Tensor | None:
         """Drop path's factor for each sample, or None."""
-        return self.drop_path.keep(x) if isinstance(self.drop_path, DropPath) else None
+        if not isinstance(self.drop_path, DropPath):
+            return None
+        return self.drop_path.keep(x.out if isinstance(x, Linked) else x)
 
-    def _identity(self, x: Tensor) -> Tensor | Pending:
+    def _identity(self, x: Tensor | Linked) -> Tensor | Pending | Linked:
         """The shortcut: x itself, its downsample still pending, or a tensor where that cannot be fused."""
         shortcut = self.downsample
         if shortcut is None:
             return x
         if type(shortcut) is not nn.Sequential or len(shortcut) < 2 or hooked(shortcut):
-            return shortcut(x)
+            return shortcut(materialize(x))
         *before, conv, norm = shortcut
         if norm_obstacle(norm):
-            return shortcut(x)
+            return shortcut(materialize(x))
         for module in before:
-            x = module(x)
+            x = module(materialize(x))
         return conv_bn(x, conv, norm.fused())  # type: ignore[operator]
 
     def _add(self, out: Tensor, x: Tensor) -> Tensor:
@@ -309,9 +311,24 @@ class Bottleneck(ResidualBlock):
         self.conv1_stride, self.conv2_stride = strides
 
     def _fused(self, x: Tensor) -> Tensor:
+        return add_relu(self._branch(x), self._identity(x), self._keep(x))
+
+    def _branch(self, x: Tensor | Linked) -> Pending:
         z = conv_bn_relu(x, self.conv1, self.norm1.fused())
         z = conv_bn_relu(z, self.conv2, self.norm2.fused())
-        return add_relu(conv_bn(z, self.conv3, self.norm3.fused()), self._identity(x), self._keep(x))
+        return conv_bn(z, self.conv3, self.norm3.fused())
+
+    def links(self) -> bool:
+        """Whether ``chained`` may be called in place of the module."""
+        plain = type(self)._fused is Bottleneck._fused and type(self).forward is ResidualBlock.forward
+        return plain and not self.with_cp and not hooked(self) and not self.fused_obstacle()
+
+    def chained(self, x: Tensor | Linked, linked: bool) -> Tensor | Linked:
+        """As the module, between blocks: takes what the block before gives; with ``linked`` nothing but the next block
+        will see the result."""
+        self._check(x.out if isinstance(x, Linked) else x)
+        end = add_relu_linked if linked else add_relu
+        return end(self._branch(x), self._identity(x), self._keep(x))
 
     def _eager(self, x: Tensor) -> Tensor:
         out = self.relu(self.norm1(self.conv1(x)))
@@ -396,6 +413,20 @@ class ResLayer(nn.Sequential):
                 )
             )
         super().__init__(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_channels, H, W] through the blocks, one after the other."""
+        return materialize(self.chained(x, False))
+
+    def chained(self, x: Tensor | Linked, linked: bool) -> Tensor | Linked:
+        """As the module, between stages: see :meth:`Bottleneck.chained`."""
+        last = len(self) - 1
+        for i, block in enumerate(self):
+            if isinstance(block, Bottleneck) and block.links():
+                x = block.chained(x, linked or i < last)
+            else:
+                x = block(materialize(x))
+        return x
 
 
 def _downsample(

@@ -357,9 +357,11 @@ def pointwise_end(
 
 def pointwise_p(
     dout: Tensor, bits: Tensor | None, x: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None,
-    beta: Tensor | None, eps: float, act: bool, anchor: Tensor, keep: Tensor | None, stride: int,
+    beta: Tensor | None, eps: float, act: bool, anchor: Tensor | None, x2: Tensor | None, anchor2: Tensor | None,
+    stride2: int, keep: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The sums (keep g)^T (z - s) [N C] and sum keep g [N], one after the other; and g (empty without bits)."""
+    """The sums (keep g)^T (z - s) [N C] and sum keep g [N] one after the other, with x2 then g^T (x2 - s2) and sum g of
+    the downsample branch; and g (empty without bits)."""
     n = dout.shape[1]
     rows = dout.permute(0, 2, 3, 1).reshape(-1, n)
     g = x.new_empty(0)
@@ -368,9 +370,13 @@ def pointwise_p(
         b, _, h, w = dout.shape
         g = torch.empty(dout.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         g.copy_(rows.view(b, h, w, n).permute(0, 3, 1, 2))
-    kept = _samples(wide(rows), keep)
-    z = _operand(x, mean, var, gamma, beta, eps, act, stride)
-    return torch.cat([(kept.t() @ (z - anchor)).reshape(-1), kept.sum(0)]), g
+    rows = wide(rows)
+    kept, z = _samples(rows, keep), _operand(x, mean, var, gamma, beta, eps, act, 1)
+    sums = [(kept.t() @ (z if anchor is None else z - anchor)).reshape(-1), kept.sum(0)]
+    if x2 is not None:
+        z = _operand(x2, None, None, None, None, 0.0, False, stride2)
+        sums += [(rows.t() @ (z if anchor2 is None else z - anchor2)).reshape(-1), rows.sum(0)]
+    return torch.cat(sums), g
 
 
 def pointwise_weight(
@@ -402,33 +408,67 @@ def pointwise_correction(
     return b, -(mu @ b.to(mu.dtype)) - (adb @ w) / count
 
 
+def _dz(
+    g: Tensor, wf: Tensor, z: Tensor, b: Tensor | None, shift: Tensor | None, keep: Tensor | None
+) -> Tensor:
+    """keep g Wf + z B + c, rows by rows."""
+    dz = _samples(wide(g).permute(0, 2, 3, 1).reshape(z.shape[0], -1), keep) @ wf.to(z.dtype)
+    return dz if b is None or shift is None else dz + z @ b.to(z.dtype) + shift
+
+
 def pointwise_dz(
     g: Tensor, wf: Tensor, x: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None,
     beta: Tensor | None, eps: float, act: bool, b: Tensor | None, shift: Tensor | None, keep: Tensor | None,
-    stride: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dz = keep g Wf + z B + c at the pixels of x that were read; with ``act`` masked by z > 0, and then sum dz and
-    sum dz xhat."""
-    z = _operand(x, mean, var, gamma, beta, eps, act, stride)
-    dz = _samples(wide(g).permute(0, 2, 3, 1).reshape(z.shape[0], -1), keep) @ wf.to(z.dtype)
-    if b is not None and shift is not None:
-        dz = dz + z @ b.to(z.dtype) + shift
+    wf2: Tensor | None, x2: Tensor | None, b2: Tensor | None, shift2: Tensor | None, stride2: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dz = keep g Wf + z B + c; with ``act`` masked by z > 0, and then sum dz and sum dz xhat; with ``x2`` also
+    g Wf2 + x2 B2 + c2 at the pixels of x2 that were read."""
+    z = _operand(x, mean, var, gamma, beta, eps, act, 1)
     n, c, h, w = x.shape
-    dz = dz.view(n, (h - 1) // stride + 1, (w - 1) // stride + 1, c).permute(0, 3, 1, 2)
+    dz = _dz(g, wf, z, b, shift, keep).view(n, h, w, c).permute(0, 3, 1, 2)
+    dx2 = x.new_empty(0)
+    if x2 is not None and wf2 is not None:
+        z2 = _operand(x2, None, None, None, None, 0.0, False, stride2)
+        dz2 = _dz(g, wf2, z2, b2, shift2, None).view(n, h, w, x2.shape[1]).permute(0, 3, 1, 2)
+        dx2 = dz2.to(x.dtype).contiguous(memory_format=torch.channels_last)
     dx = torch.empty(dz.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if not act or mean is None or var is None:
-        return dx.copy_(dz), dz.new_empty(0), dz.new_empty(0)
+        return dx.copy_(dz), dz.new_empty(0), dz.new_empty(0), dx2
     xhat, _, v = normalized(x, mean, var, gamma, beta, eps)
     dx.copy_(torch.where(v <= 0, torch.zeros_like(dz), dz))
-    return dx, wide(dx).sum(_OVER), (wide(dx) * xhat).sum(_OVER)
+    return dx, wide(dx).sum(_OVER), (wide(dx) * xhat).sum(_OVER), dx2
 
 
-def block_start_dgrad(dy: Tensor, weight: Tensor, did: Tensor | None, x: Tensor, stride: int) -> Tensor:
-    """dx = dy W + didentity, the latter at every ``stride``-th pixel of every ``stride``-th line."""
+def block_start_conv(
+    x: Tensor,
+    weight: Tensor,
+    stats: bool,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = conv(x), and with ``stats`` mean and var of y (else empty), updating the running statistics."""
+    y = torch.nn.functional.conv2d(x, weight.to(x.dtype)).contiguous(memory_format=torch.channels_last)
+    if not stats:
+        return y, wide(y).new_empty(0), wide(y).new_empty(0)
+    return y, *batch_norm_stats(y, running_mean, running_var, momentum)
+
+
+def block_start_dgrad(
+    dz: Tensor, y: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float,
+    s1: Tensor | None, s2: Tensor | None, scale: float, weight: Tensor, did: Tensor | None, bits: Tensor | None,
+    x: Tensor, stride: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx = dy W + didentity, the latter at every ``stride``-th pixel of every ``stride``-th line, masked by ``bits``
+    where there are any; and dy of z = relu(bn(y))."""
+    dy = batch_norm_backward(dz, y, mean, var, gamma, beta, eps, True, None, s1, s2, scale)
     c, n = weight.shape[:2]
     b, _, h, w = x.shape
     rows = wide(dy).permute(0, 2, 3, 1).reshape(-1, c)
     dx = (rows @ weight.reshape(c, n).to(x.dtype).to(rows.dtype)).view(b, h, w, n).permute(0, 3, 1, 2)
     if did is not None:
         dx[:, :, ::stride, ::stride] += did.to(dx.dtype)
-    return stored(dx, x)
+    if bits is not None:
+        live = unpack_rows(bits, n).view(b, h, w, n).permute(0, 3, 1, 2)
+        dx = torch.where(live, dx, dx.new_zeros(()))
+    return stored(dx, x), dy

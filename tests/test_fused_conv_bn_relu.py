@@ -207,14 +207,14 @@ def test_every_tile_is_tried() -> None:
     for (_, c, _, _), n, c2 in SHAPES.values():
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.empty(0, dtype=dtype)
-            seen |= {
-                (k, family.tile(k, x, a, b))
-                for k, a, b in (("gram", c, c), ("end", n, c), ("p", c, n), ("dz", c, n))
-            }
-            seen |= {
-                (k, family.tile(k, x, a, b)) for k, a, b in (("gram", c2, c2), ("p", c2, n), ("dz", c2, n))
-            }
-    assert seen == {(k, t) for k, table in family.GEMM.items() for ts in table.values() for t in ts}
+            for second in (0, c2):
+                seen |= {("gram", family.tile("gram", x, d)) for d in (c, second) if d}
+                seen |= {
+                    (k, family.tile(k, x, *sizes))
+                    for k, sizes in (("end", (n, c)), ("p", (c, n, second)), ("dz", (c, n, second)))
+                }
+    mine = ("gram", "end", "p", "dz")
+    assert seen == {(k, t) for k in mine for ts in family.GEMM[k].values() for t in ts}
 
 
 @routes

@@ -168,3 +168,19 @@ def load_moments(mean_ptr, var_ptr, eps, ch, ch_ok):
     mean = tl.load(mean_ptr + ch, mask=ch_ok, other=0.0).to(tl.float32)
     var = tl.load(var_ptr + ch, mask=ch_ok, other=1.0).to(tl.float32)
     return mean, tl.rsqrt(var + eps)
+
+
+@triton.jit
+def norm_gradient(
+    g, y, mean, rstd, gamma, beta, s1_ptr, s2_ptr, scale, ch, ch_ok, RELU: tl.constexpr, BATCH: tl.constexpr
+):  # fmt: skip
+    """dy = a (g [z > 0] - scale s1 - xhat scale s2) of a batch norm (with RELU) in fp32; without BATCH a g [z > 0]."""
+    a = gamma * rstd
+    centred = y - mean
+    if RELU:
+        g = tl.where(passes(centred * a + beta), g, 0.0)
+    if BATCH:
+        s1 = tl.load(s1_ptr + ch, mask=ch_ok, other=0.0) * scale
+        s2 = tl.load(s2_ptr + ch, mask=ch_ok, other=0.0) * scale
+        g = g - s1 - centred * (rstd * s2)
+    return g * a

@@ -50,6 +50,12 @@ def anchor_of(z, live, seen, dtype: tl.constexpr):
 
 
 @triton.jit
+def upper(i, j, C, BC: tl.constexpr):
+    """Number of tile (i, j >= i) among the upper tiles of a C x C matrix, row by row."""
+    return i * tl.cdiv(C, BC) - i * (i - 1) // 2 + j - i
+
+
+@triton.jit
 def gram_kernel(
     x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, part_ptr, anchor_ptr, M, C, CHUNK, WIDTH, HW, OW, H, W,
     ACT: tl.constexpr, AFFINE: tl.constexpr, STRIDE: tl.constexpr, PREC: tl.constexpr,
@@ -57,8 +63,8 @@ def gram_kernel(
 ):  # fmt: skip
     """Program (p, i, j >= i): tile (i, j) of sum (z - s)(z - s)^T over chunk p, and on the diagonal sum (z - s).
 
-    The anchor s is the same in every program (``anchor_of``). Row p of the workspace holds the C x C sums (upper tiles
-    only), then the C sums; WIDTH = C C + C.
+    The anchor s is the same in every program (``anchor_of``). Row p of the workspace, WIDTH long, holds the upper tiles
+    of the C x C sums one after the other (``upper``), then the C sums.
     """
     i, j = tl.program_id(1), tl.program_id(2)
     if j < i:
@@ -97,34 +103,31 @@ def gram_kernel(
             PREC,
         )
     base = part_ptr + p.to(tl.int64) * WIDTH
-    tl.store(base + ci[:, None] * C + cj[None, :], acc, mask=oki[:, None] & okj[None, :])
+    inside = tl.arange(0, BC)[:, None] * BC + tl.arange(0, BC)[None, :]
+    tl.store(base + upper(i, j, C, BC) * (BC * BC) + inside, acc)
     if i == j:
-        tl.store(base + C * C + ci, tl.sum(total, 0), mask=oki)
+        tl.store(base + WIDTH - C + ci, tl.sum(total, 0), mask=oki)
         if p == 0:
             tl.store(anchor_ptr + ci[None, :], si, mask=oki[None, :])
 
 
 @triton.jit
-def cov_kernel(sum_ptr, anchor_ptr, mu_ptr, cov_ptr, C, inv_m, BC: tl.constexpr):
-    """mu = s + t / M and cov = G / M - (t / M)(t / M)^T from the merged sums; program (i, j >= i) fills both halves."""
+def cov_kernel(sum_ptr, anchor_ptr, mu_ptr, cov_ptr, C, inv_m, GC: tl.constexpr, BC: tl.constexpr):
+    """mu = s + t / M and tile (i, j) of cov = G / M - (t / M)(t / M)^T, from the merged sums of tiles of GC."""
     i, j = tl.program_id(0), tl.program_id(1)
-    if j < i:
-        return
     ci, cj = i * BC + tl.arange(0, BC), j * BC + tl.arange(0, BC)
     oki, okj = ci < C, cj < C
     ok = oki[:, None] & okj[None, :]
-    ti = tl.load(sum_ptr + C * C + ci, mask=oki, other=0.0) * inv_m
-    tj = tl.load(sum_ptr + C * C + cj, mask=okj, other=0.0) * inv_m
-    g = tl.load(sum_ptr + ci[:, None] * C + cj[None, :], mask=ok & (ci[:, None] <= cj[None, :]), other=0.0)
+    a, b = tl.minimum(ci[:, None], cj[None, :]), tl.maximum(ci[:, None], cj[None, :])
+    across = tl.cdiv(C, GC)
+    at = upper(a // GC, b // GC, C, GC) * (GC * GC) + (a % GC) * GC + b % GC
+    t_ptr = sum_ptr + (across * (across + 1) // 2) * (GC * GC)
+    ti = tl.load(t_ptr + ci, mask=oki, other=0.0) * inv_m
+    tj = tl.load(t_ptr + cj, mask=okj, other=0.0) * inv_m
     if i == j:
-        low = tl.load(
-            sum_ptr + cj[None, :] * C + ci[:, None], mask=ok & (ci[:, None] > cj[None, :]), other=0.0
-        )
-        g += low
         tl.store(mu_ptr + ci, tl.load(anchor_ptr + ci, mask=oki, other=0.0) + ti, mask=oki)
-    cov = g * inv_m - ti[:, None] * tj[None, :]
+    cov = tl.load(sum_ptr + at, mask=ok, other=0.0) * inv_m - ti[:, None] * tj[None, :]
     tl.store(cov_ptr + ci[:, None] * C + cj[None, :], cov, mask=ok)
-    tl.store(cov_ptr + cj[None, :] * C + ci[:, None], cov, mask=ok)
 
 
 @triton.jit

@@ -10,25 +10,20 @@ __all__ = ["correction_kernel", "dz_kernel", "p_kernel", "shift_kernel", "weight
 
 
 @triton.jit
-def p_kernel(
-    dout_ptr, bits_ptr, g_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, anchor_ptr, keep_ptr, part_ptr,
-    M, N, C, CHUNK, WIDTH, BYTES, HW, OW, H, W,
-    ACT: tl.constexpr, AFFINE: tl.constexpr, MASK: tl.constexpr, KEEP: tl.constexpr, STRIDE: tl.constexpr,
-    PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+def p_tile(
+    dout_ptr, bits_ptr, g_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, anchor_ptr, keep_ptr, base_ptr,
+    start, stop, i, j, N, C, BYTES, HW, OW, H, W,
+    ACT: tl.constexpr, AFFINE: tl.constexpr, ANCHOR: tl.constexpr, MASK: tl.constexpr, STORE: tl.constexpr,
+    KEEP: tl.constexpr, STRIDE: tl.constexpr, PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
-    """Program (p, i, j): tile of sum (keep g)^T (z - s) over chunk p, and (j == 0) sum keep g.
-
-    With MASK g = dout [out > 0] is formed from the bits here and stored once; without it dout is g already.
-    Row p of the workspace holds the N x C sums, then the N sums; WIDTH = N C + N.
-    """
-    p, i, j = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Tile (i, j) of sum (keep g)^T (z - s) over rows start .. stop, and (j == 0) sum keep g: N x C, then N values at
+    ``base_ptr``. With MASK g = dout [out > 0]; STORE stores it, once."""
     n, c = i * BN + tl.arange(0, BN), j * BC + tl.arange(0, BC)
     ok_n, ok_c = n < N, c < C
-    anchor = tl.load(anchor_ptr + c, mask=ok_c, other=0.0)[None, :]
     acc = tl.zeros((BN, BC), tl.float32)
     total = tl.zeros((BN,), tl.float32)
-    stop = tl.minimum((p + 1) * CHUNK, M)
-    for r0 in range(p * CHUNK, stop, BM):
+    for r0 in range(start, stop, BM):
         rows = r0 + tl.arange(0, BM)
         live = (rows < stop)[:, None]
         wide = rows.to(tl.int64)[:, None]
@@ -37,22 +32,52 @@ def p_kernel(
         if MASK:
             byte = tl.load(bits_ptr + wide * BYTES + n[None, :] // 8, mask=ok, other=0).to(tl.int32)
             g = tl.where(((byte >> (n[None, :] % 8)) & 1) != 0, g, 0.0).to(dout_ptr.dtype.element_ty)
-            if j == 0:
-                tl.store(g_ptr + wide * N + n[None, :], g, mask=ok)
+            if STORE:
+                if j == 0:
+                    tl.store(g_ptr + wide * N + n[None, :], g, mask=ok)
         if KEEP:
             keep = tl.load(keep_ptr + rows // HW, mask=rows < stop, other=0.0).to(tl.float32)[:, None]
             g = J.round_to(g.to(tl.float32) * keep, dout_ptr.dtype.element_ty)
         at = source_rows(rows, HW, OW, H, W, STRIDE)[:, None] * C
         z = z_tile(x_ptr, at + c[None, :], live & ok_c[None, :], c, ok_c, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
                    ACT, AFFINE)  # fmt: skip
-        z = J.round_to(z.to(tl.float32) - anchor, x_ptr.dtype.element_ty)
+        if ANCHOR:
+            anchor = tl.load(anchor_ptr + c, mask=ok_c, other=0.0)[None, :]
+            z = J.round_to(z.to(tl.float32) - anchor, x_ptr.dtype.element_ty)
         acc = J.dot(tl.trans(g), z, acc, PREC)
         if j == 0:
             total += tl.sum(g.to(tl.float32), 0)
-    base = part_ptr + p.to(tl.int64) * WIDTH
-    tl.store(base + n[:, None] * C + c[None, :], acc, mask=ok_n[:, None] & ok_c[None, :])
+    tl.store(base_ptr + n[:, None] * C + c[None, :], acc, mask=ok_n[:, None] & ok_c[None, :])
     if j == 0:
-        tl.store(base + N * C + n, total, mask=ok_n)
+        tl.store(base_ptr + N * C + n, total, mask=ok_n)
+
+
+@triton.jit
+def p_kernel(
+    dout_ptr, bits_ptr, g_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, anchor_ptr, x2_ptr, anchor2_ptr,
+    keep_ptr, part_ptr, M, N, C, C2, CHUNK, WIDTH, BYTES, HW, OW, H2, W2,
+    ACT: tl.constexpr, AFFINE: tl.constexpr, ANCHOR: tl.constexpr, MASK: tl.constexpr, KEEP: tl.constexpr,
+    PAIR: tl.constexpr, STRIDE2: tl.constexpr, PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BC: tl.constexpr,
+):  # fmt: skip
+    """Program (p, i, j): ``p_tile`` of the branch, or with PAIR, beyond its columns, of the downsample branch x2.
+
+    Row p of the workspace holds the branch's N C + N values, then the downsample's N C2 + N, WIDTH in all.
+    """
+    p, i, j = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = p * CHUNK
+    stop = tl.minimum(start + CHUNK, M)
+    base_ptr = part_ptr + p.to(tl.int64) * WIDTH
+    if PAIR:
+        across = tl.cdiv(C, BC)
+        if j >= across:
+            p_tile(dout_ptr, bits_ptr, g_ptr, x2_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, anchor2_ptr,
+                   keep_ptr, base_ptr + N * C + N, start, stop, i, j - across, N, C2, BYTES, HW, OW, H2, W2,
+                   False, AFFINE, ANCHOR, MASK, False, False, STRIDE2, PREC, BM, BN, BC)  # fmt: skip
+            return
+    p_tile(dout_ptr, bits_ptr, g_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, anchor_ptr, keep_ptr,
+           base_ptr, start, stop, i, j, N, C, BYTES, HW, OW, H2, W2,
+           ACT, AFFINE, ANCHOR, MASK, True, KEEP, 1, PREC, BM, BN, BC)  # fmt: skip
 
 
 @triton.jit
@@ -142,30 +167,21 @@ def shift_kernel(w_ptr, adb_ptr, mu_ptr, b_ptr, c_ptr, N, C, inv_m, BN: tl.const
 
 
 @triton.jit
-def dz_kernel(
-    g_ptr, wf_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, b_ptr, c_ptr, keep_ptr, dx_ptr, p1_ptr, p2_ptr,
-    M, N, C, HW, OW, H, W,
-    ACT: tl.constexpr, AFFINE: tl.constexpr, BATCH: tl.constexpr, KEEP: tl.constexpr, STRIDE: tl.constexpr,
-    PREC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+def dz_product(
+    g_ptr, wf_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, b_ptr, c_ptr, keep_ptr, rows, live, source,
+    c, ok_c, N, C, HW,
+    ACT: tl.constexpr, AFFINE: tl.constexpr, BATCH: tl.constexpr, KEEP: tl.constexpr, PREC: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """dz = keep g Wf + z B + c; with ACT masked by z > 0, and row pm of the two workspaces gets the sums of the norm
-    before: sum dz and sum dz xhat. dx has the M rows that the convolution read, one after the other."""
-    across = tl.cdiv(C, BC)
-    pm = tl.program_id(0) // across
-    rows = pm * BM + tl.arange(0, BM)
-    c = (tl.program_id(0) % across) * BC + tl.arange(0, BC)
-    live, ok_c = (rows < M)[:, None], c < C
-    source = source_rows(rows, HW, OW, H, W, STRIDE)[:, None] * C
+    """[BM, BC] of dz = keep g Wf + z B + c."""
     acc = tl.zeros((BM, BC), tl.float32)
     for k0 in range(0, N, BK):
         k = k0 + tl.arange(0, BK)
-        g = tl.load(
-            g_ptr + rows.to(tl.int64)[:, None] * N + k[None, :], mask=live & (k < N)[None, :], other=0.0
-        )
+        g = tl.load(g_ptr + rows.to(tl.int64) * N + k[None, :], mask=live & (k < N)[None, :], other=0.0)
         w = tl.load(wf_ptr + k[:, None] * C + c[None, :], mask=(k < N)[:, None] & ok_c[None, :], other=0.0)
         acc = J.dot(g, w, acc, PREC)
     if KEEP:
-        acc *= tl.load(keep_ptr + rows // HW, mask=rows < M, other=0.0).to(tl.float32)[:, None]
+        acc *= tl.load(keep_ptr + rows // HW, mask=live, other=0.0).to(tl.float32)
     if BATCH:
         for k0 in range(0, C, BK):
             k = k0 + tl.arange(0, BK)
@@ -174,17 +190,49 @@ def dz_kernel(
             b = tl.load(b_ptr + k[:, None] * C + c[None, :], mask=(k < C)[:, None] & ok_c[None, :], other=0.0)
             acc = J.dot(z, b, acc, PREC)
         acc += tl.load(c_ptr + c, mask=ok_c, other=0.0)[None, :]
+    return acc
+
+
+@triton.jit
+def dz_kernel(
+    g_ptr, wf_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, b_ptr, c_ptr, keep_ptr, dx_ptr, p1_ptr, p2_ptr,
+    wf2_ptr, x2_ptr, b2_ptr, c2_ptr, dx2_ptr, M, N, C, C2, HW, OW, H2, W2,
+    ACT: tl.constexpr, AFFINE: tl.constexpr, BATCH: tl.constexpr, KEEP: tl.constexpr, PAIR: tl.constexpr,
+    BATCH2: tl.constexpr, STRIDE2: tl.constexpr, PREC: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """dz of the branch; with ACT masked by z > 0, and row pm of the two workspaces gets the sums of the norm before:
+    sum dz and sum dz xhat. With PAIR the programs beyond the branch's columns make dz2 of the downsample branch, of
+    the M pixels that its convolution read, one after the other."""
+    across = tl.cdiv(C, BC)
+    programs = across
+    if PAIR:
+        programs += tl.cdiv(C2, BC)
+    pm, j = tl.program_id(0) // programs, tl.program_id(0) % programs
+    rows = pm * BM + tl.arange(0, BM)
+    live, wide = (rows < M)[:, None], rows.to(tl.int64)[:, None]
+    if PAIR:
+        if j >= across:
+            c = (j - across) * BC + tl.arange(0, BC)
+            source = source_rows(rows, HW, OW, H2, W2, STRIDE2)[:, None] * C2
+            acc = dz_product(g_ptr, wf2_ptr, x2_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, b2_ptr, c2_ptr,
+                             keep_ptr, rows[:, None], live, source, c, c < C2, N, C2, HW,
+                             False, AFFINE, BATCH2, False, PREC, BM, BC, BK)  # fmt: skip
+            dz2 = J.round_to(acc, dx2_ptr.dtype.element_ty)
+            tl.store(dx2_ptr + wide * C2 + c[None, :], dz2, mask=live & (c < C2)[None, :])
+            return
+    c = j * BC + tl.arange(0, BC)
+    ok_c = c < C
+    acc = dz_product(g_ptr, wf_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, b_ptr, c_ptr, keep_ptr,
+                     rows[:, None], live, wide * C, c, ok_c, N, C, HW,
+                     ACT, AFFINE, BATCH, KEEP, PREC, BM, BC, BK)  # fmt: skip
     ok = live & ok_c[None, :]
     if ACT:
         mean, rstd = J.load_moments(mean_ptr, var_ptr, eps, c[None, :], ok_c[None, :])
         gamma, beta = J.load_affine(gamma_ptr, beta_ptr, c[None, :], ok_c[None, :], AFFINE)
-        centred = tl.load(x_ptr + source + c[None, :], mask=ok, other=0.0).to(tl.float32) - mean
+        centred = tl.load(x_ptr + wide * C + c[None, :], mask=ok, other=0.0).to(tl.float32) - mean
         acc = tl.where(J.passes(centred * (gamma * rstd) + beta) & ok, acc, 0.0)
         acc = J.round_to(acc, dx_ptr.dtype.element_ty).to(tl.float32)
         tl.store(p1_ptr + pm * C + c, tl.sum(acc, 0), mask=ok_c)
         tl.store(p2_ptr + pm * C + c, tl.sum(acc * (centred * rstd), 0), mask=ok_c)
-    tl.store(
-        dx_ptr + rows.to(tl.int64)[:, None] * C + c[None, :],
-        J.round_to(acc, dx_ptr.dtype.element_ty),
-        mask=ok,
-    )
+    tl.store(dx_ptr + wide * C + c[None, :], J.round_to(acc, dx_ptr.dtype.element_ty), mask=ok)

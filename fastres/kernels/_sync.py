@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["merge_over_group", "over_group"]
+__all__ = ["merge_over_group", "over_group", "update_running"]
 
 
-def merge_over_group(mean: Tensor, var: Tensor, y: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+def merge_over_group(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Merge (count, mean, M2) of every rank, in rank order.
 
     Args:
-        mean, var: [C], this rank's statistics of ``y``; anything where the rank has no values.
-        y: [N, C, H, W], this rank's input, for its count.
+        mean, var: [C], this rank's statistics; anything where the rank has no values.
+        count: values a channel has on this rank.
         group: name of the process group (a str; recent torch calls it GroupName).
 
     Returns:
@@ -27,7 +27,6 @@ def merge_over_group(mean: Tensor, var: Tensor, y: Tensor, group: Any) -> tuple[
     from torch.distributed import _functional_collectives as collectives
 
     c = mean.shape[0]
-    count = y.numel() // max(y.shape[1], 1)
     row = torch.cat([mean, var * count, mean.new_full((1,), float(count))])
     rows = collectives.wait_tensor(collectives.all_gather_tensor(row.unsqueeze(0), 0, group))
     means, m2, counts = rows[:, :c], rows[:, c : 2 * c], rows[:, 2 * c :]
@@ -37,6 +36,18 @@ def merge_over_group(mean: Tensor, var: Tensor, y: Tensor, group: Any) -> tuple[
     merged = first + (counts * (means - first)).sum(0, keepdim=True) / divisor
     var = (m2 + counts * (means - merged).square()).sum(0) / divisor
     return merged[0], var, total
+
+
+def update_running(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, count: Tensor, momentum: float
+) -> None:  # fmt: skip
+    """Move the running statistics [C], where there are any, towards the merged mean and (made unbiased) var."""
+    if running_mean is None or running_var is None:
+        return
+    with torch.no_grad():
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
 
 
 def over_group(

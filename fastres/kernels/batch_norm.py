@@ -29,10 +29,9 @@ from torch import Tensor
 
 from fastres import reference
 from fastres.kernels import _jit as J
-from fastres.kernels._aot import Case, launches, signature
+from fastres.kernels._aot import Case, launches
 from fastres.kernels._launch import (
     ELEMENTWISE,
-    MERGE,
     REDUCTION,
     Cut,
     Matrix,
@@ -44,6 +43,7 @@ from fastres.kernels._launch import (
     partial_bytes,
 )
 from fastres.kernels._library import Traffic, register
+from fastres.kernels._merge import merge_stats, merge_sums, workspace
 from fastres.kernels._sync import over_group
 from fastres.kernels._triton import tl, triton
 
@@ -76,44 +76,6 @@ def stats_kernel(
     m2 = J.column_sum(q, NHWC) - shift * shift * count
     tl.store(mean_ptr + p * C + ch, anchor + shift, mask=ch_ok)
     tl.store(m2_ptr + p * C + ch, tl.where(m2 < 0, 0.0, m2), mask=ch_ok)
-
-
-@triton.jit
-def merge_stats_kernel(
-    pmean_ptr, pm2_ptr, mean_ptr, var_ptr, rmean_ptr, rvar_ptr, PARTS, C, TOTAL, PER_CHUNK, unbias, momentum,
-    RUNNING: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
-):  # fmt: skip
-    """Merge the chunks of B1 channels into mean and biased variance; update the running statistics."""
-    ch = tl.program_id(0) * B1 + tl.arange(0, B1)
-    ch_ok = ch < C
-    total = TOTAL * 1.0  # a size of one is a constant to the compiler, and has no .to
-    s = tl.zeros((B0, B1), tl.float32)
-    first = tl.load(pmean_ptr + ch, mask=ch_ok, other=0.0)[None, :]
-    for p0 in range(0, PARTS, B0):
-        p = p0 + tl.arange(0, B0)
-        ok = (p < PARTS)[:, None] & ch_ok[None, :]
-        n = tl.minimum(TOTAL - p.to(tl.int64) * PER_CHUNK, PER_CHUNK).to(tl.float32)[:, None]
-        m = tl.load(pmean_ptr + p[:, None] * C + ch[None, :], mask=ok, other=0.0)
-        s += tl.where(ok, n * (m - first), 0.0)
-    mean = first + tl.sum(s, 0)[None, :] / total
-    q = tl.zeros((B0, B1), tl.float32)
-    for p0 in range(0, PARTS, B0):
-        p = p0 + tl.arange(0, B0)
-        ok = (p < PARTS)[:, None] & ch_ok[None, :]
-        n = tl.minimum(TOTAL - p.to(tl.int64) * PER_CHUNK, PER_CHUNK).to(tl.float32)[:, None]
-        d = tl.load(pmean_ptr + p[:, None] * C + ch[None, :], mask=ok, other=0.0) - mean
-        m2 = tl.load(pm2_ptr + p[:, None] * C + ch[None, :], mask=ok, other=0.0)
-        q += tl.where(ok, m2 + n * d * d, 0.0)
-    var = tl.sum(q, 0)[None, :] / total
-    tl.store(mean_ptr + ch[None, :], mean, mask=ch_ok[None, :])
-    tl.store(var_ptr + ch[None, :], var, mask=ch_ok[None, :])
-    if RUNNING:
-        old = tl.load(rmean_ptr + ch[None, :], mask=ch_ok[None, :]).to(tl.float32)
-        new = (1 - momentum) * old + momentum * mean  # exact for a momentum of one
-        tl.store(rmean_ptr + ch[None, :], J.round_to(new, rmean_ptr.dtype.element_ty), mask=ch_ok[None, :])
-        old = tl.load(rvar_ptr + ch[None, :], mask=ch_ok[None, :]).to(tl.float32)
-        new = (1 - momentum) * old + momentum * (var * unbias)
-        tl.store(rvar_ptr + ch[None, :], J.round_to(new, rvar_ptr.dtype.element_ty), mask=ch_ok[None, :])
 
 
 @triton.jit
@@ -158,20 +120,6 @@ def reduce_kernel(
 
 
 @triton.jit
-def merge_sums_kernel(part_ptr, sum_ptr, PARTS, C, B0: tl.constexpr, B1: tl.constexpr):
-    """Program (j, k): column sums of partial workspace k, [PARTS, C] each, to row k of sum."""
-    ch = tl.program_id(0) * B1 + tl.arange(0, B1)
-    ch_ok = ch < C
-    base = part_ptr + tl.program_id(1).to(tl.int64) * PARTS * C
-    s = tl.zeros((B0, B1), tl.float32)
-    for p0 in range(0, PARTS, B0):
-        p = p0 + tl.arange(0, B0)
-        ok = (p < PARTS)[:, None] & ch_ok[None, :]
-        s += tl.load(base + p[:, None] * C + ch[None, :], mask=ok, other=0.0)
-    tl.store(sum_ptr + tl.program_id(1) * C + ch, tl.sum(s, 0), mask=ch_ok)
-
-
-@triton.jit
 def backward_kernel(
     dz_ptr, y_ptr, dy_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, keep_ptr, s1_ptr, s2_ptr, eps, scale,
     ROWS, COLS, C, IMAGE, RELU: tl.constexpr, AFFINE: tl.constexpr, KEEP: tl.constexpr, BATCH: tl.constexpr,
@@ -184,33 +132,14 @@ def backward_kernel(
     g = tl.load(dz_ptr + off, mask=ok, other=0.0).to(tl.float32)
     if KEEP:
         g *= tl.load(keep_ptr + image, mask=image * IMAGE < ROWS, other=0.0).to(tl.float32)
+    y = g
     if RELU or BATCH:
-        centred = tl.load(y_ptr + off, mask=ok, other=0.0).to(tl.float32) - mean
-        if RELU:
-            g = tl.where(J.passes(centred * (gamma * rstd) + beta), g, 0.0)
-        if BATCH:
-            s1 = tl.load(s1_ptr + ch, mask=ch_ok, other=0.0) * scale
-            s2 = tl.load(s2_ptr + ch, mask=ch_ok, other=0.0) * scale
-            g = g - s1 - centred * (rstd * s2)
-    tl.store(dy_ptr + off, J.round_to(g * (gamma * rstd), dy_ptr.dtype.element_ty), mask=ok)
+        y = tl.load(y_ptr + off, mask=ok, other=0.0).to(tl.float32)
+    dy = J.norm_gradient(g, y, mean, rstd, gamma, beta, s1_ptr, s2_ptr, scale, ch, ch_ok, RELU, BATCH)
+    tl.store(dy_ptr + off, J.round_to(dy, dy_ptr.dtype.element_ty), mask=ok)
 
 
 # ---------------------------------------------------------------------------------------------------- launchers
-
-
-def workspace(parts: int, rows: int, c: int, device: torch.device) -> Tensor:
-    """``rows`` fp32 partials of ``c`` channels for each of ``parts`` programs."""
-    return torch.empty(rows, parts, c, dtype=torch.float32, device=device)
-
-
-def merge_sums(partial: Tensor) -> tuple[Tensor, ...]:
-    """Second stage of a reduction: [K, parts, C] partials to K vectors [C], in a fixed order."""
-    k, parts, c = partial.shape
-    out = torch.empty(k, c, dtype=torch.float32, device=partial.device)
-    merge_sums_kernel[(-(-c // MERGE.b1), k)](
-        partial, out, parts, c, B0=MERGE.b0, B1=MERGE.b1, num_warps=MERGE.warps
-    )
-    return tuple(out.unbind(0))
 
 
 def reduction_arguments(m: Matrix, plan: Cut) -> tuple[int, int, int, int]:
@@ -222,30 +151,19 @@ def _stats(
     y: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor]:
     m = matrix(y)
-    mean, var = torch.empty(2, m.c, dtype=torch.float32, device=y.device).unbind(0)
     total = m.n * m.hw
     if total == 0 or m.c == 0:
-        return mean.zero_(), var.zero_()
+        mean, var = torch.zeros(2, m.c, dtype=torch.float32, device=y.device).unbind(0)
+        return mean, var
     plan = cut(m)
     tile = plan.tile
-    pmean, pm2 = workspace(plan.parts, 2, m.c, y.device).unbind(0)
+    partial = workspace(plan.parts, 2, m.c, y.device)
     with on(y):
         stats_kernel[(plan.parts, plan.groups)](
-            y,
-            pmean,
-            pm2,
-            *reduction_arguments(m, plan),
-            NHWC=m.nhwc,
-            B0=tile.b0,
-            B1=tile.b1,
-            num_warps=tile.warps,
-        )
-        merge_stats_kernel[(-(-m.c // MERGE.b1),)](
-            pmean, pm2, mean, var, running_mean, running_var, plan.parts, m.c, total, plan.per_chunk,
-            total / max(total - 1, 1), momentum,
-            RUNNING=running_mean is not None, B0=MERGE.b0, B1=MERGE.b1, num_warps=MERGE.warps,
+            y, partial[0], partial[1], *reduction_arguments(m, plan),
+            NHWC=m.nhwc, B0=tile.b0, B1=tile.b1, num_warps=tile.warps,
         )  # fmt: skip
-    return mean, var
+        return merge_stats(partial, total, plan.per_chunk, running_mean, running_var, momentum)
 
 
 def _act(
@@ -388,8 +306,3 @@ def aot_cases() -> Iterator[Case]:
     yield from launches(reduce_kernel, REDUCTION, forward)
     yield from launches(act_kernel, ELEMENTWISE, forward)
     yield from launches(backward_kernel, ELEMENTWISE, dict(forward, KEEP=True, BATCH=True))
-    merge = dict(B0=MERGE.b0, B1=MERGE.b1)
-    for kernel, flags in ((merge_stats_kernel, dict(merge, RUNNING=True)), (merge_sums_kernel, merge)):
-        yield Case(
-            kernel.__name__, kernel, signature(kernel, "fp32"), flags, dict(num_warps=MERGE.warps), ["C"]
-        )  # fmt: skip

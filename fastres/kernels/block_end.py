@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from fastres.kernels import fused_conv_bn_relu as ops
+from fastres.kernels._sync import merge_over_group, over_group, update_running
 from fastres.kernels.batch_norm import batch_norm_backward
+from fastres.kernels.residual_add_relu import masked
 
-__all__ = ["Branch", "Folded", "block_end", "fold_branch"]
+__all__ = ["Branch", "Folded", "block_end", "fold_branch", "unmasked"]
 
 
 class Folded(NamedTuple):
@@ -29,6 +31,9 @@ class Folded(NamedTuple):
     wcov: Tensor
     mu: Tensor
     anchor: Tensor
+    # Where statistics were merged over a group: this rank's mean of y less the merged one, and the values a channel.
+    drift: Tensor | None = None
+    values: Tensor | None = None
 
 
 class Branch(NamedTuple):
@@ -41,13 +46,16 @@ class Branch(NamedTuple):
     eps: float
     batch: bool  # batch statistics (else running ones)
     stride: int
-    # The norm in front: statistics, affine parameters, eps, and whether the statistics are of this batch.
+    group: str | None = None  # name of the process group that statistics are merged over
+    # The norm in front: statistics, affine parameters, eps, whether the statistics are of this batch, count and group.
     mean0: Tensor | None = None
     var0: Tensor | None = None
     gamma0: Tensor | None = None
     beta0: Tensor | None = None
     eps0: float = 0.0
     batch0: bool = False
+    count0: Tensor | None = None
+    group0: str | None = None
     # The view of x that was read, where that is strided: what the gradient is of.
     read: Tensor | None = None
 
@@ -62,13 +70,27 @@ class Branch(NamedTuple):
         return n * ((h - 1) // self.stride + 1) * ((w - 1) // self.stride + 1)
 
     @property
-    def options(self) -> tuple[Any, ...]:
-        """What is no tensor: eps, batch, stride, rows, eps0, batch0."""
-        return self.eps, self.batch, self.stride, self.rows, self.eps0, self.batch0
+    def options(self) -> _Options:
+        return _Options(
+            self.eps, self.batch, self.stride, self.rows, self.group, self.eps0, self.batch0, self.group0
+        )
 
     @property
     def prologue(self) -> tuple[Any, ...]:
         return self.mean0, self.var0, self.gamma0, self.beta0, self.eps0, self.act
+
+
+class _Options(NamedTuple):
+    """What of a branch is no tensor."""
+
+    eps: float
+    batch: bool
+    stride: int
+    rows: int
+    group: str | None
+    eps0: float
+    batch0: bool
+    group0: str | None
 
 
 def fold_branch(
@@ -76,99 +98,169 @@ def fold_branch(
 ) -> Folded:  # fmt: skip
     """Fold the norm into the weight: from the moments of this batch (updating the running statistics, where given), or
     from the running statistics."""
+    norm = (b.gamma, b.beta, b.eps)
     with torch.no_grad():
         if not b.batch:
             wf, bias, mean, var, wcov = ops.fold(
-                b.weight, b.x, None, None, b.gamma, b.beta, b.eps, running_mean, running_var, None, None, 0.0, b.rows
+                b.weight, b.x, None, None, *norm, running_mean, running_var, None, None, 0.0, b.rows
             )  # fmt: skip
             zero = bias.new_zeros(b.x.shape[1])
             return Folded(wf, bias, mean, var, wcov, zero, zero)
         mu, cov, anchor = ops.moments(b.x, *b.prologue, b.stride)
-        wf, bias, mean, var, wcov = ops.fold(
-            b.weight, b.x, mu, cov, b.gamma, b.beta, b.eps, None, None, running_mean, running_var, momentum, b.rows
-        )  # fmt: skip
-        return Folded(wf, bias, mean, var, wcov, mu, anchor)
+        if b.group is None:
+            wf, bias, mean, var, wcov = ops.fold(
+                b.weight, b.x, mu, cov, *norm, None, None, running_mean, running_var, momentum, b.rows
+            )
+            return Folded(wf, bias, mean, var, wcov, mu, anchor)
+        _, _, mine, var, wcov = ops.fold(b.weight, b.x, mu, cov, *norm, None, None, None, None, 0.0, b.rows)
+        mean, var, count = merge_over_group(mine, var, b.rows, b.group)
+        wf, _, mean, var, _ = ops.fold(b.weight, b.x, None, None, *norm, mean, var, None, None, 0.0, b.rows)
+        update_running(running_mean, running_var, mean, var, count, momentum)
+        # As in the kernel: with the rounded weight, so that the mean of the output is exact on every rank.
+        a = torch.rsqrt(var + b.eps) if b.gamma is None else b.gamma.to(var.dtype) * torch.rsqrt(var + b.eps)
+        bias = a * (mine - mean) - wf.to(var.dtype) @ mu
+        bias = bias if b.beta is None else bias + b.beta.to(var.dtype)
+        return Folded(wf, bias, mean, var, wcov, mu, anchor, mine - mean, count)
+
+
+_FOLDED = len(Folded._fields)
 
 
 class _BlockEnd(torch.autograd.Function):
-    """Differentiable in x, W, gamma, beta of both branches, the norm in front, and a plain identity."""
+    """Differentiable in x, W, gamma, beta of both branches, the norm in front, and a plain identity. Returns out and
+    its sign bits; with ``given_masked`` the gradient of out has been through the ReLU's mask already."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gamma0: Tensor | None, beta0: Tensor | None, weight: Tensor, gamma: Tensor | None,
         beta: Tensor | None, identity: Tensor | None, x2: Tensor | None, weight2: Tensor | None,
         gamma2: Tensor | None, beta2: Tensor | None, keep: Tensor | None, mean0: Tensor | None, var0: Tensor | None,
-        first: tuple[Any, ...], second: tuple[Any, ...] | None, base2: Tensor | None, save: bool,
-        *folded: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        stride2 = 1 if second is None else second[2]
+        count0: Tensor | None, first: _Options, second: _Options | None, base2: Tensor | None, save: bool,
+        given_masked: bool, *folded: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        stride2 = 1 if second is None else second.stride
         x2 = x2 if base2 is None else base2
         out, bits = ops.pointwise_end(
-            x, mean0, var0, gamma0, beta0, first[4], mean0 is not None, folded[0], folded[1], identity, x2, folded[7],
-            folded[8], stride2, keep, save,
+            x, mean0, var0, gamma0, beta0, first.eps0, mean0 is not None, folded[0], folded[1], identity, x2,
+            folded[_FOLDED], folded[_FOLDED + 1], stride2, keep, save,
         )  # fmt: skip
+        ctx.mark_non_differentiable(bits)
+        ctx.set_materialize_grads(False)
         if save:
             ctx.save_for_backward(
-                bits, keep, x, mean0, var0, gamma0, beta0, weight, gamma, *folded[:7], x2, weight2, gamma2, *folded[7:]
+                None if given_masked else bits, keep, x, mean0, var0, gamma0, beta0, count0, weight, gamma, x2, weight2,
+                gamma2, *folded,
             )  # fmt: skip
             ctx.first, ctx.second = first, second
-        return out
+        return out, bits
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        bits, keep, x, mean0, var0, gamma0, beta0, weight, gamma, *rest = ctx.saved_tensors
-        folded, (x2, weight2, gamma2), folded2 = rest[:7], rest[7:10], rest[10:]
-        act = mean0 is not None
-        prologue = (mean0, var0, gamma0, beta0, ctx.first[4], act)
+    def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad
-        g, dz, s1, s2, dw, dgamma, dbeta = _branch(
-            dout, bits, x, prologue, weight, gamma, folded, keep, ctx.first, need[0] or need[1] or need[2]
-        )
-        dx = dz
-        if act and need[0]:
-            scale = 1.0 / (x.numel() // x.shape[1])
-            sums = (s1, s2) if ctx.first[5] else (None, None)
-            dx = batch_norm_backward(
-                dz, x, mean0, var0, gamma0, beta0, ctx.first[4], False, None, *sums, scale
-            )
         grads: list[Tensor | None] = [None] * len(need)
-        grads[0] = dx if need[0] else None
+        if dout is None:
+            return tuple(grads)
+        bits, keep, x, mean0, var0, gamma0, beta0, count0, weight, gamma, x2, weight2, gamma2, *rest = (
+            ctx.saved_tensors
+        )
+        first, second = ctx.first, ctx.second
+        one, two = Folded(*rest[:_FOLDED]), Folded(*rest[_FOLDED:])
+        act = mean0 is not None
+        prologue = (mean0, var0, gamma0, beta0, first.eps0, act)
+        stride2 = 1 if second is None else second.stride
+        sums, g = ops.p_sums(dout, bits, x, *prologue, one.anchor, x2, two.anchor, stride2, keep)
+        g = dout if bits is None else g
+        mine = weight.numel() + weight.shape[0]
+        dw, dgamma, dbeta, b, shift = _matrices(sums[:mine], weight, gamma, one, first, x)
+        other: tuple[Any, ...] = (None,) * 4
+        if second is not None:
+            dw2, dgamma2, dbeta2, b2, shift2 = _matrices(sums[mine:], weight2, gamma2, two, second, x)
+            if need[7]:
+                other = (two.wf, x2, b2, shift2)
+        dz = s1 = s2 = None
+        if need[0] or need[1] or need[2] or need[7]:
+            dz, s1, s2, grads[7] = ops.pointwise_dz(g, one.wf, x, *prologue, b, shift, keep, *other, stride2)
+            dx = dz
+            if act and need[0]:
+                totals: Any = (None, None)
+                scale = 0.0
+                if first.batch0:
+                    totals, scale = over_group((s1, s2), x, count0, first.group0)
+                dx = batch_norm_backward(
+                    dz, x, mean0, var0, gamma0, beta0, first.eps0, False, None, *totals, scale
+                )
+            grads[0] = dx
+        grads[3], grads[6] = dw, g
         for i, value, like in ((1, s2, gamma0), (2, s1, beta0), (4, dgamma, gamma), (5, dbeta, gamma)):
-            grads[i] = value.to(like.dtype) if need[i] and like is not None else None
-        grads[3] = dw if need[3] else None
-        grads[6] = g if need[6] else None
-        if ctx.second is not None:
-            _, dx2, _, _, dw2, dgamma2, dbeta2 = _branch(
-                g, None, x2, ops.Prologue(), weight2, gamma2, folded2, None, ctx.second, need[7]
-            )
-            grads[7], grads[8] = (dx2 if need[7] else None), (dw2 if need[8] else None)
+            grads[i] = value.to(like.dtype) if value is not None and like is not None else None
+        if second is not None:
+            grads[8] = dw2
             for i, value in ((9, dgamma2), (10, dbeta2)):
-                grads[i] = value.to(gamma2.dtype) if need[i] and gamma2 is not None else None
-        return tuple(grads)
+                grads[i] = value.to(gamma2.dtype) if gamma2 is not None else None
+        return tuple(d if needed else None for d, needed in zip(grads, need, strict=True))
 
 
-def _branch(
-    dout: Tensor, bits: Tensor | None, x: Tensor, prologue: tuple[Any, ...], weight: Tensor, gamma: Tensor | None,
-    folded: list[Tensor], keep: Tensor | None, options: tuple[Any, ...], need_x: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """g, dz, the sums of the norm in front, dW, dgamma and dbeta of one branch."""
-    wf, _, mean, var, wcov, mu, anchor = folded
-    eps, batch, stride, rows = options[:4]
-    sums, g = ops.p_sums(dout, bits, x, *prologue, anchor, keep, stride)
-    g = dout if bits is None else g
-    dw, dgamma, dvar, adb = ops.weight_gradient(sums, weight, wcov, anchor, mu, mean, var, gamma, eps, batch)
+class _Unmasked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, bits: Tensor) -> Tensor:
+        ctx.save_for_backward(out, bits)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+        out, bits = ctx.saved_tensors
+        return masked(dout, bits, out), None
+
+
+def unmasked(out: Tensor, bits: Tensor) -> Tensor:
+    """The ``given_masked`` result of a block end for whoever knows nothing of that: it masks the gradient."""
+    return _Unmasked.apply(out, bits)
+
+
+def _matrices(
+    sums: Tensor, weight: Tensor, gamma: Tensor | None, f: Folded, o: _Options, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dW, dgamma, dbeta of one branch from its sums, and B and c of its dz (None with running statistics)."""
     n = weight.shape[0]
-    dz = s1 = s2 = dgamma
-    if need_x:
-        b, shift = ops.correction(weight, dvar, adb, mu, x, rows) if batch else (None, None)
-        dz, s1, s2 = ops.pointwise_dz(g, wf, x, *prologue, b, shift, keep, stride)
-    return g, dz, s1, s2, dw, dgamma, sums[sums.shape[0] - n :]
+    dbeta = sums[sums.shape[0] - n :]
+    if o.group is None or f.drift is None:
+        dw, dgamma, dvar, adb = ops.weight_gradient(
+            sums, weight, f.wcov, f.anchor, f.mu, f.mean, f.var, gamma, o.eps, o.batch
+        )
+    else:
+        dw, dgamma, dvar, adb = _over_ranks(sums, weight, gamma, f, f.drift, o, like)
+    b, shift = ops.correction(weight, dvar, adb, f.mu, like, o.rows) if o.batch else (None, None)
+    return dw, dgamma, dbeta, b, shift
+
+
+def _over_ranks(
+    sums: Tensor, weight: Tensor, gamma: Tensor | None, f: Folded, drift: Tensor, o: _Options, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``weight_gradient`` where statistics were merged over a group: with M_l of the group's M pixels on this rank and
+    d = (this rank's mean of y) - mean,
+
+        da = rowsum(P W) + d sum g       dvar = -(M_l / M) (sum over ranks of da) gamma rstd^3 / 2
+        q = a (M_l / M) (sum over ranks of sum g) - 2 dvar d
+        dW = a P + 2 dvar W S + (a sum g - q) mu^T,   and q stands for a dbeta in dz
+    """
+    n, c = weight.shape[:2]
+    sum_g = sums[n * c :]
+    p = sums[: n * c].view(n, c) + sum_g.unsqueeze(1) * (f.anchor - f.mu)
+    da = (p * weight.reshape(n, c).to(p.dtype)).sum(1) + sum_g * drift
+    (mean_g, mean_da), _ = over_group((sum_g, da), like, f.values, o.group)  # sums over M
+    rstd = torch.rsqrt(f.var + o.eps)
+    scale = torch.ones_like(rstd) if gamma is None else gamma.to(rstd.dtype)
+    dvar = -0.5 * o.rows * mean_da * scale * rstd**3
+    q = scale * rstd * o.rows * mean_g - 2 * dvar * drift
+    dw = (scale * rstd).unsqueeze(1) * p + (2 * dvar).unsqueeze(1) * f.wcov
+    dw += torch.outer(scale * rstd * sum_g - q, f.mu)
+    return dw.view(weight.shape).to(weight.dtype), da * rstd, dvar, q
 
 
 def block_end(
     branch: Branch, folded: Folded, identity: Tensor | None, second: Branch | None, folded2: Folded | None,
-    keep: Tensor | None,
-) -> Tensor:  # fmt: skip
+    keep: Tensor | None, given_masked: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """relu(keep branch + identity), or with ``second`` the downsample branch as identity.
 
     Args:
@@ -177,9 +269,11 @@ def block_end(
         second, folded2: a downsample branch, a plain 1x1 convolution of any stride, or None; with a stride its
             ``read`` is the view of its input that receives the gradient.
         keep: [N] factor of each sample's branch, or None.
+        given_masked: the gradient of the result will be zero where the result is: whoever uses it sees to that.
 
     Returns:
-        [N, Cout, H, W], channels_last, in the dtype of ``branch.x``.
+        out [N, Cout, H, W], channels_last, in the dtype of ``branch.x``; and its sign bits, a row of bytes a pixel
+        (empty where no gradient is recorded).
     """
     two: tuple[Any, ...] = (None,) * 4
     base2 = None
@@ -189,6 +283,6 @@ def block_end(
         base2 = None if second.read is None else second.x.detach()
     return _BlockEnd.apply(
         branch.x, branch.gamma0, branch.beta0, branch.weight, branch.gamma, branch.beta, identity, *two, keep,
-        branch.mean0, branch.var0, branch.options, None if second is None else second.options, base2,
-        torch.is_grad_enabled(), *folded, *((None,) * 7 if folded2 is None else folded2),
+        branch.mean0, branch.var0, branch.count0, branch.options, None if second is None else second.options, base2,
+        torch.is_grad_enabled(), given_masked, *folded, *((None,) * _FOLDED if folded2 is None else folded2),
     )  # fmt: skip

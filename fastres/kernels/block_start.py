@@ -1,15 +1,23 @@
-"""The start of a residual block: the first 1x1 convolution and the identity, whose gradients meet in one product.
+"""The start of a residual block: the first 1x1 convolution, its norm and ReLU, and the identity.
 
-    forward     y = conv(x),  identity = x, or the pixels of x that a strided 1x1 downsample reads
-    backward    dx = dy W + didentity                        didentity added in the product's epilogue; for a strided
-                                                             identity only at the pixels that were read
-                dW = dy^T x                                  PyTorch's own weight gradient
-    saved       x and W, as the convolution alone
-    rounding    dx is rounded once; eager rounds dy W and then the sum
-    traffic     backward R dy, didentity, W dx. Left to autograd the sum would be a further pass, R dy W, didentity,
-                W dx, over the widest tensor of the network; a strided didentity would be spread out with zeros first.
+    forward     y = x W^T with mean and var of y as stored, from the product's epilogue;  z = relu(bn(y))
+                identity = x, or the pixels of x that a strided 1x1 downsample reads
+    backward    s1 = sum g, s2 = sum g xhat,  g = dz [z > 0]
+                dy = a (g - s1 / M - xhat s2 / M)                    formed while loading, stored once
+                dx = [x > 0] (dy W + didentity)                      both added and masked in the product's epilogue;
+                                                                     a strided didentity only where it was read
+                dW = dy^T x                                          two-stage, in a fixed order
+    mask        where x is the output of a block (``bits``), its gradient leaves here with that block's ReLU applied:
+                it is that block's g. Without bits dx is not masked.
+    saved       x and W as the convolution alone; y, the vectors, and the bits
+    rounding    y as stored is what is measured; dy and dx are rounded once. Eager rounds dy W and then the sum.
+    traffic     forward R x, W y (z is the norm's own pass); backward R dz, y (sums), R dz, y, didentity, bits,
+                W dy, dx, then R dy, x. Left to autograd: a pass more for statistics, dy read once more, dy W
+                written and read for the sum, and the sum read and written for the mask, over the network's widest
+                tensor.
+    source      own derivation; batch normalisation as in ``batch_norm``
 
-Two outputs make autograd hand both gradients to one backward. The convolution's forward is PyTorch's.
+Two outputs make autograd hand both gradients to one backward.
 """
 
 from __future__ import annotations
@@ -18,7 +26,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import reference
@@ -26,45 +33,85 @@ from fastres.kernels import _jit as J
 from fastres.kernels._aot import STORAGE, Case, signature
 from fastres.kernels._launch import on
 from fastres.kernels._library import Traffic, register
+from fastres.kernels._merge import merge_stats
 from fastres.kernels._pointwise import product
+from fastres.kernels._sync import over_group
 from fastres.kernels._triton import tl, triton
-from fastres.kernels.fused_conv_bn_relu import GEMM, precision, tile
+from fastres.kernels.batch_norm import batch_norm_act, batch_norm_backward, batch_norm_reduce
+from fastres.kernels.fused_conv_bn_relu import GEMM, p_sums, precision, tile
 
-__all__ = ["aot_cases", "block_start", "odd_cases"]
+__all__ = ["aot_cases", "block_start", "dgrad", "odd_cases", "start_conv"]
+
+
+@triton.jit
+def conv_kernel(
+    x_ptr, w_ptr, y_ptr, pmean_ptr, pm2_ptr, M, N, C,
+    STATS: tl.constexpr, PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] = x [M, C] W^T; with STATS row pm of the workspaces gets mean and M2 of the stored tile."""
+    across = tl.cdiv(N, BN)
+    pm = tl.program_id(0) // across
+    rows = pm * BM + tl.arange(0, BM)
+    n = (tl.program_id(0) % across) * BN + tl.arange(0, BN)
+    ok_m, ok_n, wide = (rows < M)[:, None], n < N, rows.to(tl.int64)[:, None]
+    acc = tl.zeros((BM, BN), tl.float32)
+    acc = product(
+        acc, x_ptr, x_ptr, x_ptr, x_ptr, x_ptr, 0.0, w_ptr, wide, ok_m, n, ok_n, C, False, False, PREC, BK
+    )
+    y = J.round_to(acc, y_ptr.dtype.element_ty)
+    ok = ok_m & ok_n[None, :]
+    tl.store(y_ptr + wide * N + n[None, :], y, mask=ok)
+    if STATS:
+        v = tl.where(ok, y.to(tl.float32), 0.0)
+        count = tl.minimum(M - pm * BM, BM).to(tl.float32)
+        mean = tl.sum(v, 0) / count
+        d = tl.where(ok, v - mean[None, :], 0.0)
+        tl.store(pmean_ptr + pm * N + n, mean, mask=ok_n)
+        tl.store(pm2_ptr + pm * N + n, tl.sum(d * d, 0), mask=ok_n)
+
+
+@triton.jit
+def dy_tile(
+    g_ptr, y_ptr, dy_ptr, at, k, ok_m, first, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, s1_ptr, s2_ptr, scale, C,
+    AFFINE: tl.constexpr, BATCH: tl.constexpr,
+):  # fmt: skip
+    """dy at columns k, rounded; stored where ``first``."""
+    ok = ok_m & (k < C)[None, :]
+    g = tl.load(g_ptr + at + k[None, :], mask=ok, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + at + k[None, :], mask=ok, other=0.0).to(tl.float32)
+    ch, ch_ok = k[None, :], (k < C)[None, :]
+    mean, rstd = J.load_moments(mean_ptr, var_ptr, eps, ch, ch_ok)
+    gamma, beta = J.load_affine(gamma_ptr, beta_ptr, ch, ch_ok, AFFINE)
+    dy = J.norm_gradient(g, y, mean, rstd, gamma, beta, s1_ptr, s2_ptr, scale, ch, ch_ok, True, BATCH)
+    dy = J.round_to(tl.where(ok, dy, 0.0), g_ptr.dtype.element_ty)
+    tl.store(dy_ptr + at + k[None, :], dy, mask=ok & first)
+    return dy
 
 
 @triton.jit
 def dgrad_kernel(
-    dy_ptr, w_ptr, did_ptr, dx_ptr, M, N, C, HW, OW, H2, W2,
-    SUM: tl.constexpr, STRIDE: tl.constexpr, PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    g_ptr, y_ptr, dy_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, s1_ptr, s2_ptr, scale, w_ptr, did_ptr, bits_ptr,
+    dx_ptr, M, N, C, BYTES, HW, OW, H2, W2,
+    AFFINE: tl.constexpr, BATCH: tl.constexpr, SUM: tl.constexpr, MASK: tl.constexpr, STRIDE: tl.constexpr,
+    PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """dx [M, N] = dy [M, C] W + didentity, W given as [N, C]; with STRIDE didentity is [.., H2, W2] and has the pixels
-    (STRIDE i, STRIDE j) of dx's images of HW pixels, OW a line."""
+    """dx [M, N] = [x > 0] (dy [M, C] W + didentity), W [C, N]; with STRIDE didentity is [.., H2, W2] and has the pixels
+    (STRIDE i, STRIDE j) of dx's images of HW pixels, OW a line. dy is carried through the loop, as z in ``product``."""
     across = tl.cdiv(N, BN)
+    j = tl.program_id(0) % across
     rows = (tl.program_id(0) // across) * BM + tl.arange(0, BM)
-    n = (tl.program_id(0) % across) * BN + tl.arange(0, BN)
-    ok_m, ok_n = (rows < M)[:, None], n < N
-    wide = rows.to(tl.int64)[:, None]
+    n = j * BN + tl.arange(0, BN)
+    ok_m, ok_n, wide = (rows < M)[:, None], n < N, rows.to(tl.int64)[:, None]
     acc = tl.zeros((BM, BN), tl.float32)
-    acc = product(
-        acc,
-        dy_ptr,
-        dy_ptr,
-        dy_ptr,
-        dy_ptr,
-        dy_ptr,
-        0.0,
-        w_ptr,
-        wide,
-        ok_m,
-        n,
-        ok_n,
-        C,
-        False,
-        False,
-        PREC,
-        BK,
-    )
+    k = tl.arange(0, BK)
+    dy = dy_tile(g_ptr, y_ptr, dy_ptr, wide * C, k, ok_m, j == 0, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, s1_ptr,
+                 s2_ptr, scale, C, AFFINE, BATCH)  # fmt: skip
+    for k0 in range(0, C, BK):
+        k = k0 + tl.arange(0, BK)
+        w = tl.load(w_ptr + k[:, None] * N + n[None, :], mask=(k < C)[:, None] & ok_n[None, :], other=0.0)
+        acc = J.dot(dy, w, acc, PREC)
+        dy = dy_tile(g_ptr, y_ptr, dy_ptr, wide * C, k + BK, ok_m, j == 0, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
+                     s1_ptr, s2_ptr, scale, C, AFFINE, BATCH)  # fmt: skip
     ok = ok_m & ok_n[None, :]
     if SUM:
         source, hit = wide, ok
@@ -74,101 +121,184 @@ def dgrad_kernel(
             hit = ok & ((h % STRIDE == 0) & (w % STRIDE == 0))[:, None]
             source = (((rows // HW).to(tl.int64) * H2 + h // STRIDE) * W2 + w // STRIDE)[:, None]
         acc += tl.load(did_ptr + source * N + n[None, :], mask=hit, other=0.0).to(tl.float32)
+    if MASK:
+        byte = tl.load(bits_ptr + wide * BYTES + n[None, :] // 8, mask=ok, other=0).to(tl.int32)
+        acc = tl.where(((byte >> (n[None, :] % 8)) & 1) != 0, acc, 0.0)
     tl.store(dx_ptr + wide * N + n[None, :], J.round_to(acc, dx_ptr.dtype.element_ty), mask=ok)
 
 
-def _dgrad(dy: Tensor, weight: Tensor, did: Tensor | None, x: Tensor, stride: int) -> Tensor:
-    dy = dy.contiguous(memory_format=torch.channels_last)
+# ---------------------------------------------------------------------------------------------------- launchers
+
+
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    stats: bool,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    b, c, h, w = x.shape
+    n, rows = weight.shape[0], b * h * w
+    y = torch.empty((b, n, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    t = tile("start", x, n, c)
+    parts = -(-rows // t.m)
+    partial = torch.empty(2, parts if stats else 0, n, dtype=torch.float32, device=x.device)
+    with on(x):
+        conv_kernel[(parts * -(-n // t.n),)](
+            x, weight.reshape(n, c).to(x.dtype), y, partial[0], partial[1], rows, n, c, STATS=stats, PREC=precision(x),
+            BM=t.m, BN=t.n, BK=t.k, num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+        if not stats:
+            return y, partial.new_empty(0), partial.new_empty(0)
+        return y, *merge_stats(partial, rows, t.m, running_mean, running_var, momentum)
+
+
+def _dgrad(
+    dz: Tensor, y: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float,
+    s1: Tensor | None, s2: Tensor | None, scale: float, weight: Tensor, did: Tensor | None, bits: Tensor | None,
+    x: Tensor, stride: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dz = dz.contiguous(memory_format=torch.channels_last)
     c, n = weight.shape[:2]
-    w = weight.reshape(c, n).t().to(x.dtype).contiguous()
-    dx = torch.empty_like(x)
+    dx, dy = torch.empty_like(x), torch.empty_like(y)
     b, _, height, width = x.shape
     rows = b * height * width
     small = (1, 1)
     if did is not None:
         did = did.contiguous(memory_format=torch.channels_last)
         small = (did.shape[2], did.shape[3])
-    t = tile("end", x, n, c)
+    t = tile("dgrad", x, n, c)
     with on(x):
         dgrad_kernel[(-(-rows // t.m) * -(-n // t.n),)](
-            dy, w, did, dx, rows, n, c, height * width, width, small[0], small[1], SUM=did is not None, STRIDE=stride,
-            PREC=precision(x), BM=t.m, BN=t.n, BK=t.k, num_warps=t.warps, num_stages=t.stages,
+            dz, y, dy, mean, var, gamma, beta, eps, s1, s2, scale, weight.reshape(c, n).to(x.dtype), did, bits, dx,
+            rows, n, c, (n + 7) // 8, height * width, width, *small, AFFINE=gamma is not None, BATCH=s1 is not None,
+            SUM=did is not None, MASK=bits is not None, STRIDE=stride, PREC=precision(x), BM=t.m, BN=t.n, BK=t.k,
+            num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
-    return dx
+    return dx, dy
 
 
+# ------------------------------------------------------------------------------------------------- registration
+
+
+def _fake_conv(x: Tensor, weight: Tensor, stats: bool, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    b, _, h, w = x.shape
+    n = weight.shape[0]
+    y = torch.empty((b, n, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, var = (x.new_empty(n if stats else 0, dtype=kind) for _ in range(2))
+    return y, mean, var
+
+
+def _conv_traffic(x: Tensor, weight: Tensor, stats: bool, *rest: Any) -> Traffic:
+    n, c = weight.shape[:2]
+    rows = x.numel() // c
+    partials = 8 * 2 * -(-rows // tile("start", x, n, c).m) * n if stats else 0
+    return Traffic([x, weight], partials, 2 * rows * n * c)
+
+
+start_conv = register(
+    "block_start_conv(Tensor x, Tensor weight, bool stats, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+    " float momentum) -> (Tensor, Tensor, Tensor)",
+    reference=reference.block_start_conv,
+    triton=_conv,
+    fake=_fake_conv,
+    traffic=_conv_traffic,
+    differentiable=False,
+)
 dgrad = register(
-    "block_start_dgrad(Tensor dy, Tensor weight, Tensor? did, Tensor x, int stride) -> Tensor",
+    "block_start_dgrad(Tensor dz, Tensor y, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps,"
+    " Tensor? s1, Tensor? s2, float scale, Tensor weight, Tensor? did, Tensor? bits, Tensor x, int stride)"
+    " -> (Tensor, Tensor)",
     reference=reference.block_start_dgrad,
     triton=_dgrad,
-    traffic=lambda dy, weight, did, x, stride: Traffic(
-        [dy, weight, did], flops=2 * dy.numel() * weight.shape[1]
+    traffic=lambda dz, y, mean, var, gamma, beta, eps, s1, s2, scale, weight, did, bits, *_: Traffic(
+        [dz, y, weight, did, bits], flops=2 * dz.numel() * weight.shape[1]
     ),
-    fake=lambda dy, weight, did, x, stride: torch.empty_like(x),
+    fake=lambda dz, y, *rest: (torch.empty_like(rest[11]), torch.empty_like(y)),
 )
 
 
 class _BlockStart(torch.autograd.Function):
+    """z and the identity, differentiable in x, W, gamma and beta; y and its statistics are given."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, y: Tensor, mean: Tensor,
+        var: Tensor, count: Tensor | None, bits: Tensor | None, eps: float, batch: bool, group: str | None, stride: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight)
-        ctx.stride = stride
-        return F.conv2d(x, weight.to(x.dtype)), x[:, :, ::stride, ::stride]
+        ctx.save_for_backward(x, weight, gamma, beta, y, mean, var, count, bits)
+        ctx.eps, ctx.batch, ctx.group, ctx.stride = eps, batch, group, stride
+        z = batch_norm_act(y, mean, var, gamma, beta, eps, True, batch, count, group)
+        return z, x[:, :, ::stride, ::stride]
 
     @staticmethod
-    def backward(
-        ctx: Any, dy: Tensor | None, did: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, dz: Tensor | None, did: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, gamma, beta, y, mean, var, count, bits = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        if dz is None:
+            dz = torch.zeros_like(y)
+        norm = (y, mean, var, gamma, beta, ctx.eps)
+        sums: Any = (None, None)
+        totals: Any = (None, None)
+        scale = 0.0
+        if ctx.batch or need[2] or need[3]:
+            sums = batch_norm_reduce(dz, *norm, True)
+        if ctx.batch:
+            totals, scale = over_group(sums, y, count, ctx.group)
         dx = dw = None
-        if dy is None:
-            dy = x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:])
-        if ctx.needs_input_grad[0]:
-            dx = dgrad(dy, weight, did, x, ctx.stride)
-        if ctx.needs_input_grad[1]:
-            _, dw, _ = torch.ops.aten.convolution_backward(
-                dy,
-                x,
-                weight.to(x.dtype),
-                None,
-                [1, 1],
-                [0, 0],
-                [1, 1],
-                False,
-                [0, 0],
-                1,
-                [False, True, False],
-            )
-            dw = dw.to(weight.dtype)
-        return dx, dw, None
+        if need[0]:
+            dx, dy = dgrad(dz, *norm, *totals, scale, weight, did, bits, x, ctx.stride)
+        else:
+            dy = batch_norm_backward(dz, *norm, True, None, *totals, scale)
+        if need[1]:
+            flat, _ = p_sums(dy, None, x, None, None, None, None, 0.0, False, None, None, None, 1, None)
+            dw = flat[: weight.numel()].view(weight.shape).to(weight.dtype)
+        dgamma = sums[1].to(gamma.dtype) if need[2] else None
+        dbeta = sums[0].to(beta.dtype) if need[3] else None
+        return dx, dw, dgamma, dbeta, *(None,) * 9
 
 
-def block_start(x: Tensor, weight: Tensor, stride: int = 1) -> tuple[Tensor, Tensor]:
-    """The first convolution's output and the identity of a block.
+def block_start(
+    x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, y: Tensor, mean: Tensor, var: Tensor,
+    count: Tensor | None = None, bits: Tensor | None = None, *, eps: float = 1e-5, batch: bool = True,
+    group: str | None = None, stride: int = 1,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The activation after the first convolution and norm, and the identity of a block.
 
     Args:
         x: [B, Cin, H, W], channels_last, float32, float16 or bfloat16 (float64 on the CPU).
         weight: [Cout, Cin, 1, 1], any floating dtype.
+        gamma, beta: [Cout], or None.
+        y, mean, var: the convolution's output and its statistics, from ``start_conv``; or running statistics.
+        count, group: values a channel over the process group that the statistics were merged over, and its name.
+        bits: sign bits of x, where its gradient is wanted with the ReLU that made x applied.
+        eps, batch: of the norm; whether mean and var are of this batch.
         stride: of the 1x1 downsample that will read the identity; 1 for a plain identity.
 
     Returns:
-        y [B, Cout, H, W] and the view x[:, :, ::stride, ::stride]; to be used in place of x for the identity.
+        z [B, Cout, H, W] and the view x[:, :, ::stride, ::stride]; to be used in place of x for the identity.
     """
-    return _BlockStart.apply(x, weight, stride)
+    return _BlockStart.apply(x, weight, gamma, beta, y, mean, var, count, bits, eps, batch, group, stride)
 
 
 def _cases(which: tuple[int, ...]) -> Iterator[Case]:
-    aligned = [a for a in dgrad_kernel.arg_names if a.endswith("_ptr") or a in ("N", "C")]
     for storage in STORAGE:
-        types = dict.fromkeys(("w_ptr",), f"*{storage}")
-        for t in dict.fromkeys(GEMM["end"][storage != "fp32"][i] for i in which):
-            for stride in (1, 2):
-                flags = dict(SUM=True, STRIDE=stride, PREC="tf32", BM=t.m, BN=t.n, BK=t.k)
+        types = {"w_ptr": f"*{storage}", "bits_ptr": "*u8"}
+        options = dict(AFFINE=True, BATCH=True, SUM=True, MASK=True)
+        for name, kernel, flags in (
+            ("start", conv_kernel, dict(STATS=True)),
+            ("dgrad", dgrad_kernel, dict(options, STRIDE=1)),
+            ("dgrad", dgrad_kernel, dict(options, STRIDE=2)),
+        ):
+            aligned = [a for a in kernel.arg_names if a.endswith("_ptr") or a in ("N", "C")]
+            for t in dict.fromkeys(GEMM[name][storage != "fp32"][i] for i in which):
                 yield Case(
-                    f"dgrad{stride}-{storage}-{t.m}x{t.n}x{t.k}", dgrad_kernel,
-                    signature(dgrad_kernel, storage, types), flags, dict(num_warps=t.warps, num_stages=t.stages),
-                    aligned,
+                    f"{name}{flags.get('STRIDE', '')}-{storage}-{t.m}x{t.n}x{t.k}", kernel,
+                    signature(kernel, storage, types), dict(flags, PREC="tf32", BM=t.m, BN=t.n, BK=t.k),
+                    dict(num_warps=t.warps, num_stages=t.stages), aligned,
                 )  # fmt: skip
 
 

@@ -21,8 +21,9 @@ so does the whole backward: y [M, N], the widest tensor of the block, is never f
     limits      var y = diag(W S W^T) loses digits where it is far below |W|^2 |S|, as with fewer rows than channels;
                 the functions ask for four rows a channel at least
     traffic     R x (Gram), R x, identity, W out, bits; backward R dout, bits, x, W g, then R g, x, W dz, then the
-                norm's own R dz, x, W dx. Of tensors N wide: identity, out forward and dout, g, g backward; with y
-                kept, y would add a write and two reads forward, two reads of y and dy written and read twice.
+                norm's own R dz, x, W dx. dout arrives masked from the next block where ``block_start`` follows; then
+                it is g, and neither bits are read nor g written. A downsample branch is made in the same launches.
+                With y kept, y would add a write and two reads forward, two reads of y and dy written and read twice.
     source      own derivation: the batch norm of a linear map depends on its input through two moments only
 
 Every reduction is two-stage in a fixed order. The kernels are in ``_pointwise`` and ``_pointwise_backward``.
@@ -30,7 +31,6 @@ Every reduction is two-stage in a fixed order. The kernels are in ``_pointwise``
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -39,13 +39,12 @@ from torch import Tensor
 from fastres import reference
 from fastres.kernels import _pointwise as fwd
 from fastres.kernels import _pointwise_backward as bwd
-from fastres.kernels._aot import STORAGE, Case, signature
 from fastres.kernels._launch import on
 from fastres.kernels._library import Traffic, register
-from fastres.kernels.batch_norm import merge_sums
+from fastres.kernels._merge import merge_sums
 
-__all__ = ["GEMM", "Gemm", "Prologue", "aot_cases", "correction", "fold", "moments", "odd_cases", "p_sums",
-           "pointwise_dz", "pointwise_end", "weight_gradient"]  # fmt: skip
+__all__ = ["GEMM", "Gemm", "Prologue", "correction", "fold", "moments", "p_sums", "pointwise_dz", "pointwise_end",
+           "precision", "tile", "weight_gradient"]  # fmt: skip
 
 
 class Gemm(NamedTuple):
@@ -65,16 +64,21 @@ GEMM: dict[str, dict[bool, tuple[Gemm, ...]]] = {
     "end": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 64, 32, 4, 2))},
     "p": {True: (Gemm(128, 64, 64, 8, 2), Gemm(128, 128, 64, 8, 2), Gemm(64, 64, 32, 4, 2))},
     "dz": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 64, 32, 4, 2))},
+    # of ``block_start``
+    "start": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 64, 32, 4, 2))},
+    "dgrad": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 32, 32, 4, 2))},
 }
 for _table in GEMM.values():
     _table[False] = (Gemm(64, 64, 32, 4, 2),) * 3
 FOLD = Gemm(16, 32, 32, 8, 2)
-_PROGRAMS = 264  # first-stage programs to aim at
+# First-stage programs to aim at: two a multiprocessor of an H100 or H200, or one where every program makes a large
+# tile of sums, for those are written and read back.
+_PROGRAMS, _PROGRAMS_LARGE = 264, 132
 
 
-def tile(kernel: str, x: Tensor, columns: int, other: int) -> Gemm:
-    """The configuration of a product with this many result columns; ``other`` is the other channel count."""
-    odd = columns % 16 != 0 or other % 16 != 0
+def tile(kernel: str, x: Tensor, columns: int, *others: int) -> Gemm:
+    """The configuration of a product with this many result columns; ``others`` are the other channel counts."""
+    odd = any(size % 16 for size in (columns, *others))
     return GEMM[kernel][x.element_size() == 2][2 if odd else int(columns > 64)]
 
 
@@ -86,7 +90,8 @@ def precision(x: Tensor) -> str:
 def split(rows: int, step: int, tiles: int) -> tuple[int, int]:
     """Parts and rows a part of a reduction over ``rows`` in steps, so that parts x tiles programs fill the device."""
     steps = -(-rows // step)
-    parts = max(1, min(-(-_PROGRAMS // tiles), -(-steps // 4)))
+    aim = _PROGRAMS if tiles == 1 else _PROGRAMS_LARGE
+    parts = max(1, min(-(-aim // tiles), -(-steps // 4)))
     chunk = -(-steps // parts) * step
     return -(-rows // chunk), chunk
 
@@ -137,8 +142,9 @@ def _moments(
     rows, _, shape = _geometry(x, stride)
     t = tile("gram", x, c, c)
     across = -(-c // t.n)
-    parts, chunk = split(rows, t.k, across * (across + 1) // 2)
-    width = c * c + c
+    tiles = across * (across + 1) // 2
+    parts, chunk = split(rows, t.k, tiles)
+    width = tiles * t.n**2 + c
     partial = torch.empty(1, parts, width, dtype=torch.float32, device=x.device)
     mu, anchor = torch.empty(2, c, dtype=torch.float32, device=x.device).unbind(0)
     cov = torch.empty(c, c, dtype=torch.float32, device=x.device)
@@ -151,7 +157,7 @@ def _moments(
         )  # fmt: skip
         (sums,) = merge_sums(partial)
         blocks = -(-c // FOLD.n)
-        fwd.cov_kernel[(blocks, blocks)](sums, anchor, mu, cov, c, 1.0 / rows, BC=FOLD.n, num_warps=4)
+        fwd.cov_kernel[(blocks, blocks)](sums, anchor, mu, cov, c, 1.0 / rows, GC=t.n, BC=FOLD.n, num_warps=4)
     return mu, cov, anchor
 
 
@@ -201,25 +207,33 @@ def _end(
 
 def _p_sums(
     dout: Tensor, bits: Tensor | None, x: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None,
-    beta: Tensor | None, eps: float, act: bool, anchor: Tensor, keep: Tensor | None, stride: int,
+    beta: Tensor | None, eps: float, act: bool, anchor: Tensor | None, x2: Tensor | None, anchor2: Tensor | None,
+    stride2: int, keep: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dout = dout.contiguous(memory_format=torch.channels_last)
-    n, c = dout.shape[1], x.shape[1]
-    rows, _, shape = _geometry(x, stride)
-    t = tile("p", x, c, n)
-    grid = (-(-n // t.m), -(-c // t.n))
-    parts, chunk = split(rows, t.k, grid[0] * grid[1])
-    width = n * c + n
+    n, c, c2 = dout.shape[1], x.shape[1], 0 if x2 is None else x2.shape[1]
+    rows, _, shape = _geometry(x if x2 is None else x2, stride2)
+    t = tile("p", x, c, n, c2)
+    parts, chunk, grid = _p_plan(t, rows, n, c, c2)
+    width = n * c + n + (n * c2 + n if c2 else 0)
     partial = torch.empty(1, parts, width, dtype=torch.float32, device=x.device)
     g = x.new_empty(0) if bits is None else torch.empty_like(dout)
     with on(x):
         bwd.p_kernel[(parts, grid[0], grid[1])](
-            dout, bits, g, x, mean, var, gamma, beta, eps, anchor, keep, partial, rows, n, c, chunk, width,
-            (n + 7) // 8, *shape, ACT=act, AFFINE=gamma is not None, MASK=bits is not None, KEEP=keep is not None,
-            STRIDE=stride, PREC=precision(x), BM=t.k, BN=t.m, BC=t.n, num_warps=t.warps, num_stages=t.stages,
+            dout, bits, g, x, mean, var, gamma, beta, eps, anchor, x2, anchor2, keep, partial, rows, n, c, c2, chunk,
+            width, (n + 7) // 8, *shape, ACT=act, AFFINE=gamma is not None, ANCHOR=anchor is not None,
+            MASK=bits is not None, KEEP=keep is not None, PAIR=x2 is not None, STRIDE2=stride2, PREC=precision(x),
+            BM=t.k, BN=t.m, BC=t.n, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
         (sums,) = merge_sums(partial)
     return sums, g
+
+
+def _p_plan(t: Gemm, rows: int, n: int, c: int, c2: int) -> tuple[int, int, tuple[int, int]]:
+    """Parts, rows a part, and tiles of the result of the weight-shaped sums of one or two branches."""
+    grid = (-(-n // t.m), -(-c // t.n) + -(-c2 // t.n))
+    parts, chunk = split(rows, t.k, grid[0] * grid[1])
+    return parts, chunk, grid
 
 
 def _weight_gradient(
@@ -254,23 +268,25 @@ def _correction(
 def _dz(
     g: Tensor, wf: Tensor, x: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None,
     beta: Tensor | None, eps: float, act: bool, b: Tensor | None, shift: Tensor | None, keep: Tensor | None,
-    stride: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    wf2: Tensor | None, x2: Tensor | None, b2: Tensor | None, shift2: Tensor | None, stride2: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     g = g.contiguous(memory_format=torch.channels_last)
     n, c = wf.shape
-    rows, _, shape = _geometry(x, stride)
-    dx = _read(x, stride)
-    t = tile("dz", x, c, n)
+    c2 = 0 if x2 is None else x2.shape[1]
+    rows, _, shape = _geometry(x if x2 is None else x2, stride2)
+    dx, dx2 = _read(x, 1), x.new_empty(0) if x2 is None else _read(x2, stride2)
+    t = tile("dz", x, c, n, c2)
     parts = -(-rows // t.m)
     partial = torch.empty((2, parts, c) if act else (2, 0, 0), dtype=torch.float32, device=x.device)
     with on(x):
-        bwd.dz_kernel[(parts * -(-c // t.n),)](
-            g, wf, x, mean, var, gamma, beta, eps, b, shift, keep, dx, partial[0], partial[1], rows, n, c, *shape,
-            ACT=act, AFFINE=gamma is not None, BATCH=b is not None, KEEP=keep is not None, STRIDE=stride,
-            PREC=precision(x), BM=t.m, BC=t.n, BK=t.k, num_warps=t.warps, num_stages=t.stages,
+        bwd.dz_kernel[(parts * (-(-c // t.n) + -(-c2 // t.n)),)](
+            g, wf, x, mean, var, gamma, beta, eps, b, shift, keep, dx, partial[0], partial[1], wf2, x2, b2, shift2,
+            dx2, rows, n, c, c2, *shape, ACT=act, AFFINE=gamma is not None, BATCH=b is not None,
+            KEEP=keep is not None, PAIR=x2 is not None, BATCH2=b2 is not None, STRIDE2=stride2, PREC=precision(x),
+            BM=t.m, BC=t.n, BK=t.k, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
         s1, s2 = merge_sums(partial) if act else partial.new_empty(2, 0).unbind(0)
-    return dx, s1, s2
+    return dx, s1, s2, dx2
 
 
 # ------------------------------------------------------------------------------------------------- registration
@@ -294,9 +310,16 @@ def _fake_end(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_p(dout: Tensor, bits: Tensor | None, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    n, c = dout.shape[1], x.shape[1]
+    n, c, x2 = dout.shape[1], x.shape[1], rest[7]
     g = torch.empty(dout.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    return _f32(x, n * c + n), x.new_empty(0) if bits is None else g
+    width = n * c + n + (0 if x2 is None else n * x2.shape[1] + n)
+    return _f32(x, width), x.new_empty(0) if bits is None else g
+
+
+def _fake_dz(g: Tensor, wf: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    x2 = rest[10]
+    sums = (_f32(x, x.shape[1] if rest[5] else 0) for _ in range(2))
+    return _read(x, 1), *sums, x.new_empty(0) if x2 is None else _read(x2, rest[13])
 
 
 def _fake_weight(sums: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -314,7 +337,7 @@ def _pixels(x: Tensor | None, stride: int) -> Tensor | None:
 def _moments_traffic(x: Tensor, *a: Any) -> Traffic:
     rows, c, t = _geometry(x, a[-1])[0], x.shape[1], tile("gram", x, x.shape[1], x.shape[1])
     tiles = -(-c // t.n) * (-(-c // t.n) + 1) // 2  # the upper triangle
-    partials = 8 * split(rows, t.k, tiles)[0] * (c * c + c)
+    partials = 8 * split(rows, t.k, tiles)[0] * (tiles * t.n**2 + c)
     return Traffic([_pixels(x, a[-1])], partials, 2 * rows * tiles * t.n**2)
 
 
@@ -326,18 +349,21 @@ def _end_traffic(x: Tensor, *a: Any) -> Traffic:
 
 
 def _p_traffic(dout: Tensor, bits: Tensor | None, x: Tensor, *a: Any) -> Traffic:
-    rows, n, c = _geometry(x, a[-1])[0], dout.shape[1], x.shape[1]
-    t = tile("p", x, c, n)
-    parts = split(rows, t.k, -(-n // t.m) * -(-c // t.n))[0]
-    return Traffic([dout, bits, _pixels(x, a[-1])], 8 * parts * (n * c + n), 2 * rows * n * c)
+    x2, stride2 = a[7], a[9]
+    n, c, c2 = dout.shape[1], x.shape[1], 0 if x2 is None else x2.shape[1]
+    rows = dout.numel() // n
+    parts = _p_plan(tile("p", x, c, n, c2), rows, n, c, c2)[0]
+    sums = 8 * parts * (n * c + n + (n * c2 + n if c2 else 0))
+    return Traffic([dout, bits, x, _pixels(x2, stride2)], sums, 2 * rows * n * (c + c2))
 
 
 def _dz_traffic(g: Tensor, wf: Tensor, x: Tensor, *a: Any) -> Traffic:
-    act, b, stride = a[5], a[6], a[9]
-    (n, c), rows = wf.shape, _geometry(x, stride)[0]
-    partials = 8 * 2 * -(-rows // tile("dz", x, c, n).m) * c if act else 0
-    read = _pixels(x, stride) if act or b is not None else None
-    return Traffic([g, wf, read, b], partials, 2 * rows * c * (n + (0 if b is None else c)))
+    act, b, (wf2, x2, b2, _, stride2) = a[5], a[6], a[9:14]
+    (n, c), rows, c2 = wf.shape, g.numel() // g.shape[1], 0 if x2 is None else x2.shape[1]
+    partials = 8 * 2 * -(-rows // tile("dz", x, c, n, c2).m) * c if act else 0
+    read = [x if act or b is not None else None, None if b2 is None else _pixels(x2, stride2)]
+    depth = c * (n + (0 if b is None else c)) + c2 * (n + (0 if b2 is None else c2))
+    return Traffic([g, wf, b, wf2, b2, *read], partials, 2 * rows * depth)
 
 
 moments = register(
@@ -367,8 +393,8 @@ pointwise_end = register(
     fake=_fake_end,
 )
 p_sums = register(
-    f"pointwise_p(Tensor dout, Tensor? bits, Tensor x, {_PROLOGUE}, Tensor anchor, Tensor? keep, int stride)"
-    " -> (Tensor, Tensor)",
+    f"pointwise_p(Tensor dout, Tensor? bits, Tensor x, {_PROLOGUE}, Tensor? anchor, Tensor? x2, Tensor? anchor2,"
+    " int stride2, Tensor? keep) -> (Tensor, Tensor)",
     reference=reference.pointwise_p,
     triton=_p_sums,
     traffic=_p_traffic,
@@ -393,74 +419,10 @@ correction = register(
     ),
 )  # fmt: skip
 pointwise_dz = register(
-    f"pointwise_dz(Tensor g, Tensor wf, Tensor x, {_PROLOGUE}, Tensor? b, Tensor? shift, Tensor? keep, int stride)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"pointwise_dz(Tensor g, Tensor wf, Tensor x, {_PROLOGUE}, Tensor? b, Tensor? shift, Tensor? keep, Tensor? wf2,"
+    " Tensor? x2, Tensor? b2, Tensor? shift2, int stride2) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.pointwise_dz,
     triton=_dz,
     traffic=_dz_traffic,
-    fake=lambda g, wf, x, *rest: (
-        _read(x, rest[-1]),
-        *(_f32(x, x.shape[1] if rest[5] else 0) for _ in range(2)),
-    ),
+    fake=_fake_dz,
 )
-
-
-def _products(storage: str, which: int) -> Iterator[Case]:
-    """The four products with their heaviest options: forward with a pending norm, and the downsample's strided form."""
-    small, half = storage != "fp32", f"*{storage}"
-    types = {"bits_ptr": "*u8", **dict.fromkeys(("wf_ptr", "b_ptr", "x2_ptr", "w2_ptr", "w_ptr"), half)}
-    act = dict(ACT=True, AFFINE=True, PREC="tf32")
-    plain = dict(act, ACT=False)
-    for name, kernel, sizes, first, second in (
-        ("gram", fwd.gram_kernel, ("BC", "BC", "BM"), dict(act, STRIDE=1, PREC="tf32x3"),
-         dict(plain, STRIDE=2, PREC="tf32x3")),
-        ("end", fwd.pointwise_end_kernel, ("BM", "BN", "BK"),
-         dict(act, IDENTITY=True, PAIR=False, STRIDE2=1, KEEP=True, BITS=True),
-         dict(act, IDENTITY=False, PAIR=True, STRIDE2=2, KEEP=True, BITS=True)),
-        ("p", bwd.p_kernel, ("BN", "BC", "BM"), dict(act, MASK=True, KEEP=True, STRIDE=1),
-         dict(plain, MASK=False, KEEP=False, STRIDE=2)),
-        ("dz", bwd.dz_kernel, ("BM", "BC", "BK"), dict(act, BATCH=True, KEEP=True, STRIDE=1),
-         dict(plain, BATCH=True, KEEP=False, STRIDE=2)),
-    ):  # fmt: skip
-        t = GEMM[name][small][which]
-        for i, flags in enumerate((first, second)):
-            yield Case(
-                f"{name}{i + 1}-{storage}-{t.m}x{t.n}x{t.k}", kernel, signature(kernel, storage, types),
-                dict(flags, **dict(zip(sizes, t[:3], strict=True))), dict(num_warps=t.warps, num_stages=t.stages),
-                _aligned(kernel),
-            )  # fmt: skip
-
-
-def _small(storage: str) -> Iterator[Case]:
-    """The matrices between the products; the weight itself is fp32, as under autocast."""
-    types = {"wf_ptr": f"*{storage}", "b_ptr": f"*{storage}", "w_ptr": "*fp32"}
-    size, wide = dict(BN=FOLD.m, BC=FOLD.n), dict(BN=FOLD.k, BC=FOLD.n)
-    for k, flags in (
-        (fwd.fold_kernel, dict(size, AFFINE=True, BATCH=True, RUNNING=True)),
-        (bwd.weight_kernel, dict(size, AFFINE=True, BATCH=True)),
-        (bwd.correction_kernel, wide),
-        (bwd.shift_kernel, wide),
-        (fwd.cov_kernel, dict(BC=FOLD.n)),
-    ):
-        yield Case(
-            f"{k.__name__}-{storage}", k, signature(k, "fp32", types), flags, dict(num_warps=FOLD.warps), _aligned(k)
-        )  # fmt: skip
-
-
-def _aligned(kernel: Any) -> list[str]:
-    return [a for a in kernel.arg_names if a.endswith("_ptr") or a in ("N", "C", "C2", "WIDTH")]
-
-
-def aot_cases() -> Iterator[Case]:
-    """Every launch on sizes that are multiples of 16."""
-    for storage in STORAGE:
-        for which in (0, 1) if storage != "fp32" else (0,):
-            yield from _products(storage, which)
-        yield from _small(storage)
-
-
-def odd_cases() -> Iterator[Case]:
-    """Every launch on other sizes."""
-    for storage in STORAGE:
-        yield from _products(storage, 2)
-        yield from _small(storage)

@@ -34,9 +34,10 @@ from fastres.kernels._launch import (
     partial_bytes,
 )
 from fastres.kernels._library import Traffic, register
+from fastres.kernels._merge import merge_sums, workspace
 from fastres.kernels._sync import over_group
 from fastres.kernels._triton import tl, triton
-from fastres.kernels.batch_norm import merge_sums, reduction_arguments, workspace
+from fastres.kernels.batch_norm import reduction_arguments
 
 __all__ = ["aot_cases", "bn_relu_max_pool"]
 

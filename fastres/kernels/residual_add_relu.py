@@ -41,9 +41,10 @@ from fastres.kernels._launch import (
     same_layout,
 )
 from fastres.kernels._library import Traffic, register
+from fastres.kernels._merge import merge_sums, workspace
 from fastres.kernels._sync import over_group
 from fastres.kernels._triton import tl, triton
-from fastres.kernels.batch_norm import batch_norm_backward, merge_sums, reduction_arguments, workspace
+from fastres.kernels.batch_norm import batch_norm_backward, reduction_arguments
 
 __all__ = ["add_relu", "aot_cases", "bn_add_bn_relu", "bn_add_relu", "masked"]
 
