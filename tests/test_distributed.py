@@ -106,6 +106,47 @@ def uneven(rank: int, world: int) -> dict[str, Any]:
     return record
 
 
+def stage(norm: str = "FusedSyncBN") -> nn.Module:
+    layer = fastres.ResLayer(fastres.Bottleneck, 2, 8, 16, stride=2, norm_cfg=dict(type=norm))
+    return randomize(layer).to(memory_format=torch.channels_last)
+
+
+def stage_data(step: int, samples: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(200 + step)
+    x = 2 + torch.randn(samples, 8, 12, 11, generator=g, dtype=torch.float64)
+    return x, torch.randn(samples, 16, 6, 6, generator=g, dtype=torch.float64)
+
+
+def stage_steps(
+    model: nn.Module, sizes: list[tuple[int, ...]], dtype: torch.dtype, rank: int | None
+) -> dict[str, Any]:
+    """Two steps of the joined batch in one process, or of one rank's part with gradients summed over ranks."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    record: dict[str, Any] = {}
+    for step, counts in enumerate(sizes):
+        x, dy = (t.float() for t in stage_data(step, sum(counts)))
+        if rank is not None:
+            x, dy = (t.split(list(counts))[rank] for t in (x, dy))
+        x = x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+        y = model(x)
+        y.backward(dy.to(dtype))
+        if rank is not None:
+            for p in model.parameters():
+                dist.all_reduce(p.grad)
+        record |= _record(step, model, y.detach(), x.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    return record
+
+
+def moment_form(rank: int, world: int) -> dict[str, Any]:
+    """Linked bottlenecks on the fused operators; an empty rank takes another route than the others."""
+    with fastres.backend("reference"), fastres.functional.moments("on"), fastres.record_routes() as log:
+        record = stage_steps(stage(), SIZES[world], torch.float32, rank)
+    used = [c.reason.endswith("; moment form") for c in log if c.op == "add_relu"]
+    return dict(record=record, used=used)
+
+
 def groups(rank: int, world: int) -> dict[str, Any]:
     """Pairs of ranks that synchronise among themselves."""
     pairs = [dist.new_group([i, i + 1]) for i in range(0, world, 2)]
@@ -181,7 +222,7 @@ def fused_peer(rank: int, world: int) -> dict[str, Any]:
     return out
 
 
-QUESTIONS = [uneven, groups, collectives, ddp, fsdp, fused_peer]
+QUESTIONS = [uneven, moment_form, groups, collectives, ddp, fsdp, fused_peer]
 
 
 def worker(rank: int, world: int, folder: str) -> None:
@@ -236,6 +277,25 @@ def test_uneven_and_empty_ranks_against_one_process(world):
             assert_close64(
                 name, got, eager[name], reference, scale=float(want[f"step {step} output"].abs().max())
             )
+        else:
+            assert torch.equal(got, reference), name
+
+
+def test_moment_form_over_ranks_against_one_process(world):
+    sizes = SIZES[len(world)]
+    for rank, answers in enumerate(world):
+        assert answers["moment_form"]["used"] == [counts[rank] > 0 for counts in sizes for _ in range(2)]
+    ranks = [answers["moment_form"]["record"] for answers in world]
+    want, eager = (stage_steps(stage("BN").to(d), sizes, d, None) for d in (torch.float64, torch.float32))
+    for name, reference in want.items():
+        if name.endswith(("output", "input gradient")):
+            got = torch.cat([r[name] for r in ranks])
+        else:
+            got = ranks[0][name]
+            assert all(torch.equal(r[name], got) for r in ranks), f"{name} differs between ranks"
+        if got.is_floating_point():
+            scale = float(want[f"step {name.split()[1]} input gradient"].abs().max())
+            assert_close64(name, got, eager[name], reference, scale=scale)
         else:
             assert torch.equal(got, reference), name
 

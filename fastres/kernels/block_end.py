@@ -171,10 +171,15 @@ class _BlockEnd(torch.autograd.Function):
         sums, g = ops.p_sums(dout, bits, x, *prologue, one.anchor, x2, two.anchor, stride2, keep)
         g = dout if bits is None else g
         mine = weight.numel() + weight.shape[0]
-        dw, dgamma, dbeta, b, shift = _matrices(sums[:mine], weight, gamma, one, first, x)
+        local1 = _local(sums[:mine], weight, one, first)
+        local2 = None if second is None else _local(sums[mine:], weight2, two, second)
+        totals1, totals2 = _reduced(local1, one, first, local2, two, second)
+        dw, dgamma, dbeta, b, shift = _matrices(sums[:mine], weight, gamma, one, first, x, totals1)
         other: tuple[Any, ...] = (None,) * 4
         if second is not None:
-            dw2, dgamma2, dbeta2, b2, shift2 = _matrices(sums[mine:], weight2, gamma2, two, second, x)
+            dw2, dgamma2, dbeta2, b2, shift2 = _matrices(
+                sums[mine:], weight2, gamma2, two, second, x, totals2
+            )
             if need[7]:
                 other = (two.wf, x2, b2, shift2)
         dz = s1 = s2 = None
@@ -217,44 +222,74 @@ def unmasked(out: Tensor, bits: Tensor) -> Tensor:
     return _Unmasked.apply(out, bits)
 
 
+_Sums = tuple[Tensor, ...] | None
+
+
+def _local(sums: Tensor, weight: Tensor, f: Folded, o: _Options) -> _Sums:
+    """Where statistics were merged over a group: this rank's sum g and sum g xhat, with d = (this rank's mean of y) -
+    mean: sum g (y - mean) = rowsum(P W) + d sum g."""
+    if f.drift is None:
+        return None
+    sum_g = sums[weight.numel() :]
+    da = (_centred(sums, weight, f) * weight.flatten(1).to(sums.dtype)).sum(1) + sum_g * f.drift
+    return sum_g, da * torch.rsqrt(f.var + o.eps)
+
+
+def _centred(sums: Tensor, weight: Tensor, f: Folded) -> Tensor:
+    """P = sum g (z - mu)^T of this rank."""
+    p, sum_g = sums[: weight.numel()].view(weight.flatten(1).shape), sums[weight.numel() :]
+    return p + sum_g.unsqueeze(1) * (f.anchor - f.mu)
+
+
+def _reduced(
+    a: _Sums, f: Folded, o: _Options, b: _Sums, f2: Folded, o2: _Options | None
+) -> tuple[_Sums, _Sums]:  # fmt: skip
+    """Both branches' sums over the ranks, divided by the values a channel: one collective where the group is one, as
+    in ``residual_add_relu``, for a rank may have to take that form."""
+    like = f.mean
+    if a is not None and b is not None and o2 is not None and o.group == o2.group:
+        total, _ = over_group((*a, *b), like, f.values, o.group)
+        return total[:2], total[2:]
+    return (
+        None if a is None else over_group(a, like, f.values, o.group)[0],
+        None if b is None or o2 is None else over_group(b, like, f2.values, o2.group)[0],
+    )
+
+
 def _matrices(
-    sums: Tensor, weight: Tensor, gamma: Tensor | None, f: Folded, o: _Options, like: Tensor
+    sums: Tensor, weight: Tensor, gamma: Tensor | None, f: Folded, o: _Options, like: Tensor, totals: _Sums
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """dW, dgamma, dbeta of one branch from its sums, and B and c of its dz (None with running statistics)."""
-    n = weight.shape[0]
-    dbeta = sums[sums.shape[0] - n :]
-    if o.group is None or f.drift is None:
+    dbeta = sums[weight.numel() :]
+    if totals is None:
         dw, dgamma, dvar, adb = ops.weight_gradient(
             sums, weight, f.wcov, f.anchor, f.mu, f.mean, f.var, gamma, o.eps, o.batch
         )
     else:
-        dw, dgamma, dvar, adb = _over_ranks(sums, weight, gamma, f, f.drift, o, like)
+        dw, dgamma, dvar, adb = _over_ranks(sums, weight, gamma, f, o, totals)
     b, shift = ops.correction(weight, dvar, adb, f.mu, like, o.rows) if o.batch else (None, None)
     return dw, dgamma, dbeta, b, shift
 
 
 def _over_ranks(
-    sums: Tensor, weight: Tensor, gamma: Tensor | None, f: Folded, drift: Tensor, o: _Options, like: Tensor
+    sums: Tensor, weight: Tensor, gamma: Tensor | None, f: Folded, o: _Options, totals: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``weight_gradient`` where statistics were merged over a group: with M_l of the group's M pixels on this rank and
-    d = (this rank's mean of y) - mean,
+    """``weight_gradient`` where statistics were merged over a group. With G = sum g / M and X = sum g xhat / M over all
+    ranks, M_l pixels on this one, and d as in ``_local``,
 
-        da = rowsum(P W) + d sum g       dvar = -(M_l / M) (sum over ranks of da) gamma rstd^3 / 2
-        q = a (M_l / M) (sum over ranks of sum g) - 2 dvar d
+        dvar = -M_l X gamma rstd^2 / 2,   q = a M_l G - 2 dvar d
         dW = a P + 2 dvar W S + (a sum g - q) mu^T,   and q stands for a dbeta in dz
     """
-    n, c = weight.shape[:2]
-    sum_g = sums[n * c :]
-    p = sums[: n * c].view(n, c) + sum_g.unsqueeze(1) * (f.anchor - f.mu)
-    da = (p * weight.reshape(n, c).to(p.dtype)).sum(1) + sum_g * drift
-    (mean_g, mean_da), _ = over_group((sum_g, da), like, f.values, o.group)  # sums over M
+    local = _local(sums, weight, f, o)
+    assert local is not None and f.drift is not None
+    sum_g, dgamma = local
     rstd = torch.rsqrt(f.var + o.eps)
     scale = torch.ones_like(rstd) if gamma is None else gamma.to(rstd.dtype)
-    dvar = -0.5 * o.rows * mean_da * scale * rstd**3
-    q = scale * rstd * o.rows * mean_g - 2 * dvar * drift
-    dw = (scale * rstd).unsqueeze(1) * p + (2 * dvar).unsqueeze(1) * f.wcov
+    dvar = -0.5 * o.rows * totals[1] * scale * rstd**2
+    q = scale * rstd * o.rows * totals[0] - 2 * dvar * f.drift
+    dw = (scale * rstd).unsqueeze(1) * _centred(sums, weight, f) + (2 * dvar).unsqueeze(1) * f.wcov
     dw += torch.outer(scale * rstd * sum_g - q, f.mu)
-    return dw.view(weight.shape).to(weight.dtype), da * rstd, dvar, q
+    return dw.view(weight.shape).to(weight.dtype), dgamma, dvar, q
 
 
 def block_end(
