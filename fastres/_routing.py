@@ -11,6 +11,7 @@ Routes:
 for and cannot serve raises; nothing is rerouted silently, and ``record_routes`` shows what was chosen and why. On the
 fused routes ``moments("on" | "off" | "auto")`` or FASTRES_MOMENTS says whether a block ends in the moment form of its
 last convolution (``kernels/fused_conv_bn_relu.py``); auto asks the byte and flop model of ``moments_pay``.
+``memory("save" | "recompute")`` or FASTRES_MEMORY says whether the input of a bottleneck's 3x3 is kept for backward.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from fastres.kernels._triton import HAS_TRITON, INTERPRET, TRITON_ERROR
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["BACKENDS", "MOMENTS", "BatchNorm", "Choice", "assume_gpu", "backend", "choose", "decide", "get_backend",
-           "moments", "moments_pay", "record", "record_routes"]  # fmt: skip
+__all__ = ["BACKENDS", "MEMORY", "MOMENTS", "BatchNorm", "Choice", "assume_gpu", "backend", "choose", "decide",
+           "get_backend", "memory", "moments", "moments_pay", "recomputes", "record", "record_routes"]  # fmt: skip
 
 BACKENDS = ("auto", "triton", "aten", "reference")
 MOMENTS = ("auto", "on", "off")
+MEMORY = ("save", "recompute")
 
 
 class BatchNorm(NamedTuple):
@@ -79,6 +81,7 @@ class _Setting:
 
     backend: str = _known(os.environ.get("FASTRES_BACKEND", "").lower() or "auto", "FASTRES_BACKEND")
     moments: str = _known(os.environ.get("FASTRES_MOMENTS", "").lower() or "auto", "FASTRES_MOMENTS", MOMENTS)
+    memory: str = _known(os.environ.get("FASTRES_MEMORY", "").lower() or "save", "FASTRES_MEMORY", MEMORY)
     log: list[Choice] | None = None
     assumed: tuple[int, int] | None = None
 
@@ -106,6 +109,22 @@ def moments(mode: str) -> Iterator[None]:
         yield
     finally:
         _Setting.moments = before
+
+
+@contextmanager
+def memory(mode: str) -> Iterator[None]:
+    """What the fused routes keep for backward of a bottleneck: ``save`` the 3x3's input, or ``recompute`` it, which
+    takes one more pass over it in backward."""
+    before, _Setting.memory = _Setting.memory, _known(mode, "memory", MEMORY)
+    try:
+        yield
+    finally:
+        _Setting.memory = before
+
+
+def recomputes() -> bool:
+    """Whether ``memory`` is ``recompute``."""
+    return _Setting.memory == "recompute"
 
 
 # What the model below charges: an H200's copy bandwidth and the share of its matrix peak that a good kernel reaches.

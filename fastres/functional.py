@@ -26,8 +26,10 @@ from fastres._routing import (
     choose,
     decide,
     get_backend,
+    memory,
     moments,
     moments_pay,
+    recomputes,
     record,
     record_routes,
 )
@@ -38,6 +40,7 @@ from fastres.kernels import residual_add_relu as end_ops
 from fastres.kernels._check import check_activation, check_aten, check_like, check_vector, fail
 from fastres.kernels._sync import merge_over_group, update_running
 from fastres.kernels.block_start import block_start, start_conv
+from fastres.kernels.recomputed_conv import recomputed_conv
 
 __all__ = [
     "BACKENDS",
@@ -55,6 +58,7 @@ __all__ = [
     "get_backend",
     "materialize",
     "max_pool",
+    "memory",
     "moments",
     "moments_pay",
     "record_routes",
@@ -69,19 +73,26 @@ class Pending:
     Each part is evaluated at most once, so the running statistics are updated once however many consumers there are.
     """
 
-    __slots__ = ("_moments", "_tracked", "_y", "_z", "bn", "conv", "relu", "x")
+    __slots__ = ("_moments", "_raw", "_tracked", "_y", "_z", "bn", "conv", "relu", "x")
 
     def __init__(self, x: Tensor | Pending | Linked, conv: nn.Module, bn: BatchNorm, relu: bool) -> None:
         self.x, self.conv, self.bn, self.relu = x, conv, bn, relu
         self._y: Tensor | None = None
         self._z: Tensor | None = None
+        self._raw: Tensor | None = (
+            None  # what _z was made of, where that is at hand without a gradient of its own
+        )
         self._moments: _Moments | None = None
         self._tracked = False
 
     def raw(self) -> Tensor:
         """The convolution's output, before the norm."""
         if self._y is None:
-            self._y = self.conv(materialize(self.x))
+            x, conv = self.x, self.conv
+            if isinstance(x, Pending) and x._raw is not None and recomputes() and _plain_conv(conv):
+                self._y = _conv_keeping_raw(x, conv)
+            else:
+                self._y = conv(materialize(x))
         return self._y
 
     def tensor(self) -> Tensor:
@@ -118,6 +129,27 @@ class Linked:
         if self._tensor is None:
             self._tensor = moment_form.unmasked(self.out, self.bits)
         return self._tensor
+
+
+def _plain_conv(conv: nn.Module) -> bool:
+    """Whether a module is exactly a convolution that nothing else watches or changes."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.bias is None
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and not (conv._forward_hooks or conv._forward_pre_hooks)
+        and not (conv._backward_hooks or conv._backward_pre_hooks)
+    )
+
+
+def _conv_keeping_raw(x: Pending, conv: nn.Module) -> Tensor:
+    assert isinstance(conv, nn.Conv2d) and x._raw is not None
+    s, bn = x.moments(), x.bn
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return recomputed_conv(
+        x.tensor(), conv.weight, x._raw, s.mean, s.var, bn.weight, bn.bias, bn.eps, geometry
+    )
 
 
 def materialize(x: Tensor | Pending | Linked) -> Tensor:
@@ -308,17 +340,15 @@ def _add_relu_tensors(branch: Tensor, identity: Tensor, keep: Tensor | None) -> 
 def _pointwise(conv: nn.Module, c: int, dtype: torch.dtype) -> bool:
     """Whether a module is exactly a 1x1 convolution of this input that nothing else watches or changes."""
     return (
-        type(conv) is nn.Conv2d
+        _plain_conv(conv)
+        and isinstance(conv, nn.Conv2d)
         and conv.kernel_size == (1, 1)
         and conv.padding == (0, 0)
         and conv.stride[0] == conv.stride[1]
         and conv.groups == 1
-        and conv.bias is None
         and conv.in_channels == c
         and conv.weight.shape[1] == c
         and (conv.weight.dtype == dtype or torch.is_autocast_enabled(conv.weight.device.type))
-        and not (conv._forward_hooks or conv._forward_pre_hooks)
-        and not (conv._backward_hooks or conv._backward_pre_hooks)
     )
 
 
@@ -376,6 +406,7 @@ def _start(branch: Pending, identity: Tensor | Pending | Linked) -> Tensor | Non
     else:
         s = _Moments(mean, var, None, None)
         _count(bn)
+    root._moments, root._raw = s, y
     root._z, read = block_start(
         x, conv.weight, bn.weight, bn.bias, y, s.mean, s.var, s.values, bits,
         eps=bn.eps, batch=bn.training, group=s.group, stride=stride,

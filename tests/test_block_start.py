@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -374,3 +375,26 @@ def test_what_watches_a_block_sees_plain_tensors(what: str) -> None:
     x = torch.randn(4, 16, 6, 5).contiguous(memory_format=LAST)
     both(layer, x, torch.randn(4, 16, 6, 5), run)
     assert bool(seen) == ("hook" in what)
+
+
+@pytest.mark.parametrize("options", [{}, dict(stride=2), dict(dilation=2)], ids=str)
+def test_recomputed_input_gives_the_same_bits(options: dict[str, int]) -> None:
+    torch.manual_seed(3)
+    layer = fastres.ResLayer(fastres.Bottleneck, 2, 16, 32, **options).to(memory_format=LAST)
+    x, state = torch.randn(4, 16, 6, 5).contiguous(memory_format=LAST), copy.deepcopy(layer.state_dict())
+    results = []
+    for mode in ("save", "recompute"):
+        layer.load_state_dict(state)
+        layer.zero_grad()
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        with fused(), fn.memory(mode):
+            out = layer(leaf)
+            assert ("_RecomputedConvBackward" in names(out)) == (mode == "recompute")
+            out.backward(torch.ones_like(out).cumsum(1))
+        results.append([out, leaf.grad, *(p.grad.clone() for p in layer.parameters()), *layer.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with (
+        pytest.raises(ValueError, match="memory is 'none'; wanted one of save, recompute"),
+        fn.memory("none"),
+    ):
+        pass

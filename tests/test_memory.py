@@ -15,7 +15,9 @@ from fastres import functional as fn
 LAST = torch.channels_last
 
 
-def kept(norm: str, backend: str, moments: str, batch: int = 256, pixels: int = 224) -> int:
+def kept(
+    norm: str, backend: str, moments: str, memory: str = "save", batch: int = 256, pixels: int = 224
+) -> int:
     """Bytes of activations, masks and matrices that a ResNet-50's forward saves; parameters and vectors left out."""
     net = fastres.ResNet(50, norm_cfg=dict(type=norm), init_cfg=[]).bfloat16().to(memory_format=LAST)
     weights = {tuple(p.shape) for p in net.parameters()}
@@ -32,8 +34,9 @@ def kept(norm: str, backend: str, moments: str, batch: int = 256, pixels: int = 
     unpack: Callable[[Tensor], Tensor] = lambda t: t  # noqa: E731
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(batch, 3, pixels, pixels, dtype=torch.bfloat16).contiguous(memory_format=LAST)
-        with fn.backend(backend), fn.moments(moments), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            net(x)
+        with fn.backend(backend), fn.moments(moments), fn.memory(memory):
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                net(x)
     return sum(found.values())
 
 
@@ -49,6 +52,11 @@ def test_eager_is_counted_right(eager: int) -> None:
 
 def test_moment_form_keeps_at_most_0_6_of_eager(eager: int) -> None:
     assert kept("FusedBN", "reference", "on") <= 0.6 * eager
+
+
+def test_recomputing_keeps_half_of_eager(eager: int) -> None:
+    saved = kept("FusedBN", "reference", "on")
+    assert kept("FusedBN", "reference", "on", "recompute") <= min(0.5 * eager, saved - 0.9e9)
 
 
 def test_fused_norms_keep_no_more_than_eager(eager: int) -> None:
