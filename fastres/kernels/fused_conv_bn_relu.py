@@ -66,10 +66,10 @@ GEMM: dict[str, dict[bool, tuple[Gemm, ...]]] = {
     "dz": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 64, 32, 4, 2))},
     # of ``block_start``
     "start": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 64, 32, 4, 2))},
-    "dgrad": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 32, 32, 4, 2))},
+    "dgrad": {True: (Gemm(128, 64, 64, 8, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 32, 32, 4, 2))},
 }
 for _table in GEMM.values():
-    _table[False] = (Gemm(64, 64, 32, 4, 2),) * 3
+    _table[False] = (Gemm(64, 64, 32, 4, 2),) * 2 + (_table[True][2],)
 FOLD = Gemm(16, 32, 32, 8, 2)
 # First-stage programs to aim at: two a multiprocessor of an H100 or H200, or one where every program makes a large
 # tile of sums, for those are written and read back.
