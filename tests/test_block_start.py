@@ -398,3 +398,20 @@ def test_recomputed_input_gives_the_same_bits(options: dict[str, int]) -> None:
         fn.memory("none"),
     ):
         pass
+
+
+@pytest.mark.parametrize("memory", ["save", "recompute"])
+def test_linked_blocks_compile_whole(memory: str) -> None:
+    net, x = network(num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(1,))
+    twin = copy.deepcopy(net)
+    results = []
+    with fused(), fn.memory(memory):
+        for model in (net, torch.compile(twin, fullgraph=True, backend="aot_eager")):
+            leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            (out,) = model(leaf)
+            out.backward(torch.ones_like(out).cumsum(1))
+            results.append([out.detach(), leaf.grad])
+    results[0] += [p.grad for p in net.parameters()] + list(net.buffers())
+    results[1] += [p.grad for p in twin.parameters()] + list(twin.buffers())
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
