@@ -126,6 +126,12 @@ def cases(
         "weight": rand(wide, c, 1, 1, scale=c**-0.5),
     }  # fmt: skip
     yield Case("1x1 convolution to block end", fused, _widening, ("bn2.mean", "bn2.var"))
+    blocks = {
+        **norm("bn", c), **norm("bn2", c), **norm("bn3", wide), **norm("bn4", wide), "y": rand(n, wide, 2 * h + 1, 2 * w),
+        "weight": rand(c, wide, 1, 1, scale=wide**-0.5), "weight3": rand(wide, c, 1, 1, scale=c**-0.5),
+        "weight4": rand(wide, wide, 1, 1, scale=wide**-0.5),
+    }  # fmt: skip
+    yield Case("two bottlenecks, linked", blocks, _linked)
 
 
 def _plain(t: dict[str, Tensor], training: bool = True) -> Tensor:
@@ -154,6 +160,23 @@ def _widening(t: dict[str, Tensor]) -> Tensor:
     z = functional.conv_bn_relu(t["y"], nn.Identity(), _norm(t, "bn", True))
     branch = functional.conv_bn(z, _pointwise(t["weight"]), _norm(t, "bn2", True))
     return functional.add_relu(branch, t["identity"])
+
+
+def _linked(t: dict[str, Tensor]) -> Tensor:
+    """A block with a strided downsample and one without, with the same weights and nothing for a 3x3."""
+    x: Tensor | functional.Linked = t["y"]
+    for downsample in (True, False):
+        z = functional.conv_bn_relu(x, _pointwise(t["weight"]), _norm(t, "bn", True))
+        z = functional.conv_bn_relu(
+            z, nn.MaxPool2d(1, 2) if downsample else nn.Identity(), _norm(t, "bn2", True)
+        )
+        branch = functional.conv_bn(z, _pointwise(t["weight3"]), _norm(t, "bn3", True))
+        if not downsample:
+            return functional.add_relu(branch, x)
+        shortcut = _pointwise(t["weight4"])
+        shortcut.stride = (2, 2)
+        x = functional.add_relu_linked(branch, functional.conv_bn(x, shortcut, _norm(t, "bn4", True)))
+    raise AssertionError
 
 
 def bn_relu(tensors: dict[str, Tensor]) -> Case:
