@@ -127,7 +127,8 @@ def cases(
     }  # fmt: skip
     yield Case("1x1 convolution to block end", fused, _widening, ("bn2.mean", "bn2.var"))
     blocks = {
-        **norm("bn", c), **norm("bn2", c), **norm("bn3", wide), **norm("bn4", wide), "y": rand(n, wide, 2 * h + 1, 2 * w),
+        **norm("bn", c), **norm("bn2", c), **norm("bn3", wide), **norm("bn4", wide),
+        "y": rand(n, wide, 2 * h + 1, 2 * w),
         "weight": rand(c, wide, 1, 1, scale=wide**-0.5), "weight3": rand(wide, c, 1, 1, scale=c**-0.5),
         "weight4": rand(wide, wide, 1, 1, scale=wide**-0.5),
     }  # fmt: skip
