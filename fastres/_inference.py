@@ -276,7 +276,7 @@ def inference_layout(x: Tensor) -> Tensor:
     Only where no gradient is wanted and oneDNN's fused convolutions will run. The network gives its results back in
     the layout that the images came in.
     """
-    if torch.is_grad_enabled() or x.is_contiguous(memory_format=LAST) or x.device.type != "cpu" or off():
+    if off() or torch.is_grad_enabled() or x.device.type != "cpu" or x.is_contiguous(memory_format=LAST):
         return x
     last = x.new_empty(1, 2, 2, 2).contiguous(memory_format=LAST)
     if decide_folded("conv_bn", last, (), False, 1)[0] != "onednn":

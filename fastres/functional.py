@@ -82,10 +82,8 @@ class Pending:
         self._z: Tensor | None = None
         self._moments: _Moments | None = None
         self._tracked = False
-        if (
-            bn.training
-            or torch.is_grad_enabled()
-            and any(p is not None and p.requires_grad for p in _own(conv))
+        if not torch.compiler.is_compiling() and (
+            bn.training or torch.is_grad_enabled() and _wants(*_own(conv))
         ):
             _folding.trained(conv)
 
@@ -143,6 +141,10 @@ def _own(conv: nn.Module) -> tuple[Tensor | None, ...]:
     return conv._parameters.get("weight"), conv._parameters.get("bias")
 
 
+def _wants(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
 def _foldable(p: Pending) -> bool:
     """Whether a norm may be folded: it uses running statistics, and no gradient is wanted of anything before it."""
     if p.bn.training or p._y is not None or p._moments is not None or _inference.off():
@@ -151,9 +153,7 @@ def _foldable(p: Pending) -> bool:
         return True
     q: Tensor | Pending = p
     while isinstance(q, Pending):
-        if q.bn.training or any(
-            t is not None and t.requires_grad for t in (*_own(q.conv), q.bn.weight, q.bn.bias)
-        ):
+        if q.bn.training or _wants(*_own(q.conv), q.bn.weight, q.bn.bias):
             return False
         q = q.x
     return not q.requires_grad
@@ -370,7 +370,8 @@ def _check_keep(op: str, keep: Tensor | None, x: Tensor) -> None:
 
 def _sum_relu(branch: Tensor, identity: Tensor, own: bool) -> Tensor:
     """relu(branch + identity); in place on the branch where it is ours."""
-    if own and branch.dtype == torch.promote_types(branch.dtype, identity.dtype):
+    same = branch.dtype == identity.dtype  # asked first: export would put promote_types into the graph
+    if own and (same or branch.dtype == torch.promote_types(branch.dtype, identity.dtype)):
         return branch.add_(identity).relu_()
     return (branch + identity).relu_()
 

@@ -451,3 +451,51 @@ def test_fold_says_what_it_cannot():
     assert isinstance(fastres.fold(net, strict=False)[2], nn.BatchNorm2d)
     with pytest.raises(TypeError, match="wanted an nn.Module"):
         fastres.fold(3)
+
+
+# ------------------------------------------------------------------------------------------------------- the head
+
+
+@plain_process
+@pytest.mark.slow
+def test_the_same_class_for_every_digit_of_the_test_set():
+    """A classifier trained for some steps: head outputs by the rule, and the same top-1 on all held-out digits."""
+    load_digits = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed").load_digits
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
+    labels = torch.tensor(data.target)
+
+    def make(kind):
+        backbone = dict(
+            type="ResNet_CIFAR",
+            depth=18,
+            in_channels=1,
+            stem_channels=8,
+            base_channels=8,
+            norm_cfg=dict(type=kind),
+        )
+        head = dict(type="LinearClsHead", num_classes=10, in_channels=64)
+        return fastres.build_classifier(
+            dict(type="ImageClassifier", backbone=backbone, neck=dict(type="GlobalAveragePooling"), head=head)
+        )
+
+    ours = make("FusedBN").train()
+    optimizer = torch.optim.SGD(ours.parameters(), 0.1, momentum=0.9)
+    for step in range(60):
+        part = slice(step % 22 * 64, step % 22 * 64 + 64)
+        ours(images[part], labels[part])["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    plain = make("BN").eval()
+    plain.load_state_dict(ours.state_dict())
+    ours.eval()
+    held_out, answers = images[1440:], labels[1440:]
+    with torch.no_grad():
+        eager, scores, copied = plain(held_out), ours(held_out), fastres.fold(ours)(held_out)
+        want = plain.double()(held_out.double())
+    assert float((eager.argmax(1) == answers).float().mean()) > 0.5, (
+        "nothing was learnt: the test says little"
+    )
+    for name, got in (("live", scores), ("folded", copied)):
+        assert_close64(name, got, eager, want)
+        assert torch.equal(got.argmax(1), eager.argmax(1))
