@@ -137,16 +137,11 @@ def _layer(x: Tensor, conv: nn.Module, bn: BatchNorm | None, check: Check | None
         return "the input does not fit"
     if x.dtype == torch.float64 and conv.weight.dtype != torch.float64:
         return "the input does not fit"
-    sizes = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, p, d, k, s in zip(x.shape[2:], g.padding, g.dilation, conv.kernel_size, g.stride, strict=True)
-    ]
-    if min(sizes) < 1:
+    out = g.out(x.shape, conv.weight.shape)
+    if min(out) < 1:
         return "the input does not fit"
     pointwise = conv.kernel_size == (1, 1) and g.padding == (0, 0) and g.groups == 1
-    return _Layer(
-        x, conv, bn, g, (x.shape[0], conv.out_channels, sizes[0], sizes[1]), pointwise, check
-    )  # fmt: skip
+    return _Layer(x, conv, bn, g, out, pointwise, check)
 
 
 def _wants_channels_last(x: Tensor, conv: nn.Conv2d) -> bool:

@@ -152,6 +152,13 @@ def training_forward(net):
     net.eval()
 
 
+def norm_alone(net):
+    """A norm called by itself in training: no convolution hears of it, and the kernel bumps no version counter."""
+    norm = weights_of(net)[1]
+    norm.train()(3 * torch.randn(4, 8, 5, 5))
+    norm.eval()
+
+
 def training_step(net):
     net.train()
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
@@ -202,7 +209,8 @@ def averaged(net):
 CHANGES = [
     in_place, in_inference_mode, slice_in_place, gamma, beta, running_mean, running_var, eps, load_state_dict,
     load_state_dict_assign, new_parameter, new_module, new_norm, data_assigned, data_copied_back, swapped,
-    training_forward, training_step, fused_optimizer, foreach, old_optimizer, frozen_norms_step, reset, averaged,
+    training_forward, norm_alone, training_step, fused_optimizer, foreach, old_optimizer, frozen_norms_step, reset,
+    averaged,
 ]  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def test_files_that_are_no_images(given, capsys):
     ("options", "message"),
     [
         (["--top", "0"], "--top is 0"),
-        (["--cfg-options", "model.head.num_classes=9"], "1 misshaped"),
+        (["--cfg-options", "model.head.num_classes=9"], "2 misshaped"),
         (["--cfg-options", "data.val.pipeline=none"], "no `data.val.pipeline`"),
         (["--cfg-options", "model.backbone.in_channels=1"], "misshaped"),
     ],

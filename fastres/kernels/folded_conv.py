@@ -25,6 +25,7 @@ are tried once against its convolution before they are used, and not used where 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,14 @@ class Geometry(NamedTuple):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+
+    def out(self, x: Sequence[int], weight: Sequence[int]) -> tuple[int, int, int, int]:
+        """Shape of the result from those of input and weight; below 1 where the input is too small."""
+        h, w = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(x[2:], self.padding, self.dilation, weight[2:], self.stride, strict=True)
+        )
+        return x[0], weight[0], h, w
 
 
 class Folded(NamedTuple):
@@ -252,16 +261,10 @@ def _fused(
 
 def _out(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     g = Geometry(tuple(rest[2]), tuple(rest[3]), tuple(rest[4]), rest[5])
-    sizes = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, p, d, k, s in zip(x.shape[2:], g.padding, g.dilation, weight.shape[2:], g.stride, strict=True)
-    ]
     last = x.is_contiguous(memory_format=LAST) and not x.is_contiguous()
     last = last or weight.is_contiguous(memory_format=LAST) and not weight.is_contiguous()
     memory = LAST if last else torch.contiguous_format
-    return torch.empty(
-        (x.shape[0], weight.shape[0], *sizes), dtype=x.dtype, device=x.device, memory_format=memory
-    )
+    return torch.empty(g.out(x.shape, weight.shape), dtype=x.dtype, device=x.device, memory_format=memory)
 
 
 def _traffic(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor | None, *rest: Any) -> Traffic:
