@@ -56,10 +56,7 @@ def _model(config: dict[str, Any], checkpoint: str, device: torch.device) -> tor
     except (ValueError, TypeError, OSError, ImportError):
         raise
     except Exception as error:  # torch.load raises nearly everything on files that are no checkpoints
-        why = str(error).splitlines()[0] if str(error) else ""
-        raise ValueError(
-            f"{checkpoint}: cannot be read as a checkpoint: {type(error).__name__} {why}"
-        ) from error
+        raise ValueError(f"{checkpoint}: cannot be read as a checkpoint ({type(error).__name__})") from error
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
