@@ -6,7 +6,7 @@
 Eager and fastres are counted from the operators of a traced step, each with the passes that its kernels make (see
 ``benchmarks.meter`` and ``benchmarks.passes``); torch.compile and ideal are plans (``benchmarks.plans``). No GPU is
 used and nothing is timed: the milliseconds are a bound, every kernel at the given bandwidth or peak rate, whichever
-takes longer. Inference is the network as it stands, its norms on running statistics, under autocast.
+takes longer. Inference is the network as it stands under autocast, after the pass in which fastres folds its norms.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ model = fastres.build_classifier(dict(type="ImageClassifier", backbone=dict(type
 """
 
 from fastres import functional
+from fastres._folding import forget as forget_folded
 from fastres._registry import (
     ACTIVATION_LAYERS,
     CONV_LAYERS,
@@ -27,7 +28,9 @@ from fastres._version import __version__
 from fastres.checkpoints import export_state_dict, load_checkpoint
 from fastres.classifier import GlobalAveragePooling, ImageClassifier, LinearClsHead
 from fastres.convert import FuseReport, channels_last_, fuse_, unfuse_
+from fastres.deploy import fold
 from fastres.functional import backend, get_backend, record_routes
+from fastres.graphs import GraphRunner
 from fastres.initialize import BaseModule
 from fastres.models import ResNet
 from fastres.modules import (
@@ -55,6 +58,7 @@ __all__ = [
     "FusedBatchNorm2d",
     "FusedSyncBatchNorm",
     "GlobalAveragePooling",
+    "GraphRunner",
     "ImageClassifier",
     "LinearClsHead",
     "Registry",
@@ -79,6 +83,8 @@ __all__ = [
     "channels_last_",
     "convert_sync_batchnorm",
     "export_state_dict",
+    "fold",
+    "forget_folded",
     "functional",
     "fuse_",
     "get_backend",

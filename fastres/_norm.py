@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastres import functional as FF
 from fastres._registry import NORM_LAYERS
@@ -20,6 +21,19 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["DropPath", "FusedBatchNorm2d", "FusedNorm", "FusedSyncBatchNorm", "convert_sync_batchnorm"]
+
+
+_NO_BIAS = WeakTensorKeyDictionary()
+
+
+def _zeros(weight: Tensor) -> Tensor:
+    """The bias of a norm without one: the same tensor every time, for folded weights are kept by identity."""
+    if torch.compiler.is_compiling():
+        return torch.zeros_like(weight)
+    zeros = _NO_BIAS.get(weight)
+    if zeros is None or zeros.dtype != weight.dtype or zeros.device != weight.device:
+        _NO_BIAS[weight] = zeros = torch.zeros_like(weight, requires_grad=False)
+    return zeros
 
 
 class FusedNorm(_BatchNorm):
@@ -37,7 +51,7 @@ class FusedNorm(_BatchNorm):
         tracked = self.track_running_stats or not self.training
         weight, bias = self.weight, self.bias
         if weight is not None and bias is None:  # torch >= 2.13: BatchNorm2d(bias=False)
-            bias = torch.zeros_like(weight)
+            bias = _zeros(weight)
         return FF.BatchNorm(
             weight,
             bias,

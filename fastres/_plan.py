@@ -134,6 +134,9 @@ def _run_step(step: Step, children: dict[str, Any], values: list[Any], x: Tensor
         return FF.batch_norm(FF.materialize(values[source.at]), norm, step.act)
     if step.kind == "end":
         branch, identity = (values[value.at] for value in step.args)
+        # An activation that is pending is a shortcut from within the module: it is read as a tensor.
+        branch = FF.materialize(branch) if getattr(branch, "relu", False) is True else branch
+        identity = FF.materialize(identity) if getattr(identity, "relu", False) is True else identity
         keep = children[step.drop](x.new_ones(x.shape[0], 1, 1, 1)).flatten() if step.drop else None
         return FF.add_relu(branch, identity, keep)
     if step.kind == "pool":

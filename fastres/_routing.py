@@ -12,6 +12,10 @@ for and cannot serve raises; nothing is rerouted silently, and ``record_routes``
 fused routes ``moments("on" | "off" | "auto")`` or FASTRES_MOMENTS says whether a block ends in the moment form of its
 last convolution (``kernels/fused_conv_bn_relu.py``); auto asks the byte and flop model of ``moments_pay``.
 ``memory("save" | "recompute")`` or FASTRES_MEMORY says whether the input of a bottleneck's 3x3 is kept for backward.
+
+Where no gradient is wanted and a norm uses running statistics it is folded into its convolution
+(``kernels/folded_conv.py``), which has routes of its own: onednn, cudnn, triton and folded (PyTorch's convolution).
+``folding("off")`` or FASTRES_FOLDING=off leaves norms unfolded.
 """
 
 from __future__ import annotations
@@ -24,19 +28,23 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastres.kernels import _tuned
 from fastres.kernels._check import KERNEL_DTYPES
 from fastres.kernels._launch import dense, like, matrix
 from fastres.kernels._triton import HAS_TRITON, INTERPRET, TRITON_ERROR
+from fastres.kernels.folded_conv import cudnn_obstacle, onednn_obstacle
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["BACKENDS", "MEMORY", "MOMENTS", "BatchNorm", "Choice", "assume_gpu", "backend", "choose", "decide",
-           "get_backend", "memory", "moments", "moments_pay", "recomputes", "record", "record_routes"]  # fmt: skip
+           "decide_folded", "folding", "get_backend", "get_folding", "memory", "moments", "moments_pay", "recomputes",
+           "record", "record_routes"]  # fmt: skip
 
 BACKENDS = ("auto", "triton", "aten", "reference")
 MOMENTS = ("auto", "on", "off")
 MEMORY = ("save", "recompute")
+FOLDING = ("auto", "off")
 
 
 class BatchNorm(NamedTuple):
@@ -82,6 +90,7 @@ class _Setting:
     backend: str = _known(os.environ.get("FASTRES_BACKEND", "").lower() or "auto", "FASTRES_BACKEND")
     moments: str = _known(os.environ.get("FASTRES_MOMENTS", "").lower() or "auto", "FASTRES_MOMENTS", MOMENTS)
     memory: str = _known(os.environ.get("FASTRES_MEMORY", "").lower() or "save", "FASTRES_MEMORY", MEMORY)
+    folding: str = _known(os.environ.get("FASTRES_FOLDING", "").lower() or "auto", "FASTRES_FOLDING", FOLDING)
     log: list[Choice] | None = None
     assumed: tuple[int, int] | None = None
 
@@ -125,6 +134,21 @@ def memory(mode: str) -> Iterator[None]:
 def recomputes() -> bool:
     """Whether ``memory`` is ``recompute``."""
     return _Setting.memory == "recompute"
+
+
+def get_folding() -> str:
+    """Whether norms are folded into convolutions where no gradient is wanted: ``auto`` or ``off``."""
+    return _Setting.folding
+
+
+@contextmanager
+def folding(mode: str) -> Iterator[None]:
+    """Fold norms into convolutions where no gradient is wanted (``auto``), or not (``off``); process-wide."""
+    before, _Setting.folding = _Setting.folding, _known(mode, "folding", FOLDING)
+    try:
+        yield
+    finally:
+        _Setting.folding = before
 
 
 # What the model below charges: an H200's copy bandwidth and the share of its matrix peak that a good kernel reaches.
@@ -216,6 +240,53 @@ def decide(op: str, x: Tensor, others: tuple[Tensor, ...], bns: tuple[BatchNorm,
             )
         route, reason = "reference", "statistics over a process group: plain-torch operators"
     return route, reason
+
+
+def _fused_obstacle(x: Tensor, others: tuple[Tensor, ...]) -> str:
+    if _Setting.backend == "reference":
+        return ("" if x.device.type == "cpu" else f"it does not serve {x.device}") or _obstacle(x, others)
+    return _device_obstacle(x) or _obstacle(x, others)
+
+
+def decide_folded(
+    op: str, x: Tensor, others: tuple[Tensor, ...], pointwise: bool, out_channels: int
+) -> tuple[str, str]:
+    """The route of a convolution with its norm folded in, and the reason.
+
+    Args:
+        op: named where a route that was asked for cannot serve.
+        x, others: the input, in the dtype it will be computed in, and what is added to the result.
+        pointwise: it is a 1x1 that the block end's product can make.
+        out_channels: of the convolution.
+    """
+    asked = _Setting.backend
+    if asked == "aten":
+        return "folded", "backend 'aten' was asked for"
+    if asked == "auto" and not x.is_cuda and _Setting.assumed is None:
+        if x.device.type != "cpu":
+            return "folded", f"{x.device.type}: ATen is the default"
+        obstacle = onednn_obstacle(x.dtype)
+        if not obstacle and not all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, *others)):
+            obstacle = "oneDNN's fused convolution wants channels_last"
+        return ("folded", obstacle) if obstacle else ("onednn", "CPU: prepacked weight")
+    obstacle = _fused_obstacle(x, others)
+    if obstacle and asked != "auto":
+        raise ValueError(f"{op}: backend {asked!r} was asked for, but {obstacle}")
+    if obstacle:
+        return "folded", obstacle
+    if asked == "reference":
+        return "reference", "backend 'reference' was asked for"
+    if pointwise and x.is_contiguous(memory_format=torch.channels_last):
+        tuned = _tuned.active().routes.get(_tuned_key(x, out_channels)) if x.is_cuda else None
+        if tuned != "aten" or asked == "triton":
+            return "triton", "1x1: product with affine, addition and ReLU" + (", tuned" if tuned else "")
+    obstacle = cudnn_obstacle(x.dtype, x.device) if x.is_cuda else ""
+    return ("folded", obstacle) if obstacle else ("cudnn", "convolution with bias, addition and ReLU")
+
+
+def _tuned_key(x: Tensor, out_channels: int) -> tuple[str, bool, int, int, int]:
+    rows = x.shape[0] * x.shape[2] * x.shape[3]
+    return "folded_conv", True, (rows - 1).bit_length(), (out_channels - 1).bit_length(), x.element_size()
 
 
 def choose(

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastres import _folding, _inference
+from fastres._inference import inference_layout
 from fastres._routing import (
     BACKENDS,
     BatchNorm,
@@ -25,7 +27,9 @@ from fastres._routing import (
     backend,
     choose,
     decide,
+    folding,
     get_backend,
+    get_folding,
     memory,
     moments,
     moments_pay,
@@ -55,7 +59,10 @@ __all__ = [
     "batch_norm",
     "conv_bn",
     "conv_bn_relu",
+    "folding",
     "get_backend",
+    "get_folding",
+    "inference_layout",
     "materialize",
     "max_pool",
     "memory",
@@ -79,11 +86,14 @@ class Pending:
         self.x, self.conv, self.bn, self.relu = x, conv, bn, relu
         self._y: Tensor | None = None
         self._z: Tensor | None = None
-        self._raw: Tensor | None = (
-            None  # what _z was made of, where that is at hand without a gradient of its own
-        )
+        # What _z was made of, where that is at hand without a gradient of its own.
+        self._raw: Tensor | None = None
         self._moments: _Moments | None = None
         self._tracked = False
+        if not torch.compiler.is_compiling() and (
+            bn.training or torch.is_grad_enabled() and _wants(*_own(conv))
+        ):
+            _folding.trained(conv)
 
     def raw(self) -> Tensor:
         """The convolution's output, before the norm."""
@@ -98,8 +108,15 @@ class Pending:
     def tensor(self) -> Tensor:
         """The activation itself."""
         if self._z is None:
+            folded = _folded(self, self.relu)
+            if isinstance(folded, Tensor):
+                self._z = folded
+                return folded
             y, s = self.raw(), self._moments
-            self._z = batch_norm(y, self.once(), self.relu) if s is None else _apply(y, self.bn, s, self.relu)
+            if s is not None:
+                self._z = _apply(y, self.bn, s, self.relu)
+            else:
+                self._z = _batch_norm(y, self.once(), self.relu, folded)
         return self._z
 
     def moments(self) -> _Moments:
@@ -154,7 +171,7 @@ def _conv_keeping_raw(x: Pending, conv: nn.Module) -> Tensor:
 
 def materialize(x: Tensor | Pending | Linked) -> Tensor:
     """A tensor, whether it was one, was pending or was on its way to the next block."""
-    return x if isinstance(x, Tensor) else x.tensor()
+    return x.tensor() if isinstance(x, Pending | Linked) else x
 
 
 def conv_bn(x: Tensor | Pending | Linked, conv: nn.Module, bn: BatchNorm, relu: bool = False) -> Pending:
@@ -165,6 +182,89 @@ def conv_bn(x: Tensor | Pending | Linked, conv: nn.Module, bn: BatchNorm, relu: 
 def conv_bn_relu(x: Tensor | Pending | Linked, conv: nn.Module, bn: BatchNorm) -> Pending:
     """``relu(bn(conv(x)))``, pending."""
     return Pending(x, conv, bn, True)
+
+
+# ---------------------------------------------------------------------------------------------------- inference
+
+
+def _own(conv: nn.Module) -> tuple[Tensor | None, ...]:
+    return conv._parameters.get("weight"), conv._parameters.get("bias")
+
+
+def _wants(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _foldable(p: Pending) -> bool:
+    """Whether a norm may be folded: it uses running statistics, and no gradient is wanted of anything before it."""
+    if p.bn.training or p._y is not None or p._moments is not None or _inference.off():
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    q: Tensor | Pending | Linked = p
+    while isinstance(q, Pending):
+        if q.bn.training or _wants(*_own(q.conv), q.bn.weight, q.bn.bias):
+            return False
+        q = q.x
+    return isinstance(q, Tensor) and not q.requires_grad
+
+
+def _fits(bn: BatchNorm) -> _inference.Check:
+    def check(shape: tuple[int, ...], x: Tensor) -> None:
+        n, c, h, w = shape
+        _check_norm("batch_norm", (n, c, h, w), x.device, bn)
+        check_aten("batch_norm", x, bn)
+
+    return check
+
+
+def _folded(
+    p: Pending, relu: bool, other: Tensor | None = None, own: bool = False, inner: bool = False
+) -> Tensor | str:
+    """The pending convolution with its norm folded in, or why not; empty where folding is no question."""
+    if not _foldable(p):
+        return ""
+    x = materialize(p.x)
+    z = _inference.convolve(x, p.conv, p.bn, relu, other, own, _fits(p.bn), inner)
+    return f"not folded: {z}" if isinstance(z, str) else z
+
+
+def _folded_end(branch: Pending, identity: Tensor | Pending, keep: Tensor | None) -> Tensor | str:
+    """The block end in one convolution, or why not."""
+    if keep is not None or not _foldable(branch):
+        return ""
+    _fold_inner(branch.x, _carried(branch, identity))
+    if not isinstance(identity, Pending):
+        if not isinstance(identity, Tensor) or torch.is_grad_enabled() and identity.requires_grad:
+            return ""
+        return _folded(branch, True, identity)
+    if identity._z is not None or not _foldable(identity):
+        return ""
+    x, x2, bn, bn2 = materialize(branch.x), materialize(identity.x), branch.bn, identity.bn
+    both = _inference.convolve_pair(x, branch.conv, bn, _fits(bn), x2, identity.conv, bn2, _fits(bn2))
+    if isinstance(both, Tensor):
+        return both
+    other = _folded(identity, False)  # not kept by the Pending: it will be overwritten
+    own = isinstance(other, Tensor)
+    return _folded(branch, True, other if isinstance(other, Tensor) else identity.tensor(), own)
+
+
+def _carried(branch: Pending, identity: Tensor | Pending) -> bool:
+    """Whether every NaN of the block's input reaches its end by the identity: a strided shortcut skips pixels."""
+    root: Tensor | Pending | Linked = branch
+    while isinstance(root, Pending):
+        root = root.x
+    if isinstance(identity, Pending):
+        return identity.x is root and getattr(identity.conv, "stride", None) == (1, 1)
+    return identity is root
+
+
+def _fold_inner(p: Tensor | Pending | Linked, carried: bool) -> None:
+    """Evaluate what lies inside a residual branch."""
+    if isinstance(p, Pending) and p._z is None:
+        _fold_inner(p.x, carried)
+        z = _folded(p, p.relu, inner=carried)
+        p._z = z if isinstance(z, Tensor) else None
 
 
 # -------------------------------------------------------------------------------------------------- batch norm
@@ -283,9 +383,13 @@ def batch_norm(y: Tensor, bn: BatchNorm, relu: bool = False) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument, before the running statistics are touched.
     """
+    return _batch_norm(y, bn, relu, "")
+
+
+def _batch_norm(y: Tensor, bn: BatchNorm, relu: bool, note: str) -> Tensor:
     op = "batch_norm"
     _check_bn(op, y, bn)
-    if choose(op, y, (), (bn,)) == "aten":
+    if choose(op, y, (), (bn,), note) == "aten":
         check_aten(op, y, bn)
         z = _aten_batch_norm(y, bn)
         return z.relu_() if relu else z
@@ -319,7 +423,8 @@ def _check_keep(op: str, keep: Tensor | None, x: Tensor) -> None:
 
 def _sum_relu(branch: Tensor, identity: Tensor, own: bool) -> Tensor:
     """relu(branch + identity); in place on the branch where it is ours."""
-    if own and branch.dtype == torch.promote_types(branch.dtype, identity.dtype):
+    same = branch.dtype == identity.dtype  # asked first: export would put promote_types into the graph
+    if own and (same or branch.dtype == torch.promote_types(branch.dtype, identity.dtype)):
         return branch.add_(identity).relu_()
     return (branch + identity).relu_()
 
@@ -539,6 +644,12 @@ def _add_relu(
             branch = branch * keep.to(branch.dtype).view(-1, 1, 1, 1)
         # A sum: the pending one takes the branch's part.
         branch, identity, keep, name = identity, branch, None, "branch"
+    unfolded = ""
+    if not isinstance(identity, Linked):  # which has a gradient
+        folded = _folded_end(branch, identity, keep)
+        if isinstance(folded, Tensor):
+            return folded
+        unfolded = folded
     read = _start(branch, identity)
     if read is None:
         _open_below(branch)
@@ -559,7 +670,7 @@ def _add_relu(
     check_like(op, name, other, y)
     if id_bn is not None:
         _check_bn(op, other, id_bn)
-    if choose(op, y, (other,), (bn,) if id_bn is None else (bn, id_bn), out) == "aten":
+    if choose(op, y, (other,), (bn,) if id_bn is None else (bn, id_bn), unfolded or out) == "aten":
         check_aten(op, y, bn)
         if id_bn is not None:
             check_aten(op, other, id_bn)
@@ -596,6 +707,12 @@ def max_pool(x: Tensor | Pending | Linked) -> Tensor:
         check_activation("max_pool", "input", z)
         return F.max_pool2d(z, 3, 2, 1)
     op = "max_pool"
+    # On a GPU the stem's norm, ReLU and pooling are one pass already; PyTorch's pooling would write indices too.
+    folded: Tensor | str = ""
+    if _foldable(x) and decide(op, materialize(x.x), (), ())[0] == "aten":
+        folded = _folded(x, True)
+    if isinstance(folded, Tensor):
+        return F.max_pool2d(folded, 3, 2, 1)
     y, bn = x.raw(), x.bn
     _check_bn(op, y, bn)
     if choose(op, y, (), (bn,)) == "aten":

@@ -20,7 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastres._calling import listed, suggest
 from fastres._fusable import check_input, check_values, hooked, norm_obstacle, relu_obstacle
 from fastres._registry import MODELS, build_activation_layer, build_conv_layer, build_norm_layer
-from fastres.functional import Linked, Pending, conv_bn_relu, materialize, max_pool
+from fastres.functional import Linked, Pending, conv_bn_relu, inference_layout, materialize, max_pool
 from fastres.initialize import BaseModule, InitCfg, constant_init
 from fastres.modules import RELU, BasicBlock, Bottleneck, ResidualBlock, ResLayer, get_expansion
 
@@ -311,8 +311,13 @@ class ResNet(BaseModule):
             TypeError, ValueError: naming the argument, before any running statistics change.
         """
         self._check(x)
-        x = self._pool(self._stem(x))
-        return self._stages(x)
+        inner = self._inner(x)
+        outs = self._stages(self._pool(self._stem(inner)))
+        return outs if inner is x else tuple(out.contiguous() for out in outs)
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """The images in the layout that the network runs in: channels_last where inference on NCHW gains by it."""
+        return x if self.training or self.stem_obstacle() else inference_layout(x)
 
     def _stages(self, x: Tensor) -> tuple[Tensor, ...]:
         outs: list[Tensor] = []

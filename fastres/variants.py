@@ -69,7 +69,9 @@ class ResNet_CIFAR(ResNet):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images [N, in_channels, H, W] to one feature map for each of ``out_indices``; errors as :class:`ResNet`."""
         self._check(x)
-        return self._stages(materialize(self._stem(x)))
+        inner = self._inner(x)
+        outs = self._stages(materialize(self._stem(inner)))
+        return outs if inner is x else tuple(out.contiguous() for out in outs)
 
 
 @MODELS.register_module()

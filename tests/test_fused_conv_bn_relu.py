@@ -217,15 +217,6 @@ def test_every_tile_is_tried() -> None:
     assert seen == {(k, t) for k in mine for ts in family.GEMM[k].values() for t in ts}
 
 
-@pytest.mark.parametrize("shape", ["aligned-narrow", "square-tiles", "odd"])
-@pytest.mark.parametrize("route", ROUTES[1:])
-def test_tiles_of_older_gpus(route: str, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for kernel, tiles in family.GEMM_BEFORE_90.items():
-        monkeypatch.setitem(family.GEMM[kernel], True, tiles)
-    size, n, c2 = SHAPES[shape]
-    compare(route, End(size[1], n, c2), size, torch.bfloat16)
-
-
 @routes
 def test_parts_are_merged(route: str) -> None:
     assert family.split(3 * 19 * 21, 64, 1)[0] > 1

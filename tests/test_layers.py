@@ -21,14 +21,25 @@ LAYERS: list[tuple[str, ...]] = [
     ("kernels._*", "reference", "kernels"),
     ("kernels.*",),
     ("_routing",),
+    ("_folding", "_inference"),
     ("functional", "functional.*"),
     ("registry", "_registry", "_calling"),
     ("modules", "_norm", "_fusable", "initialize"),
     ("models", "variants"),
     ("classifier", "classifier.*"),
-    ("convert", "_matching", "_plan", "_reading", "_swap", "checkpoints", "integrations.*"),
+    (
+        "convert",
+        "_matching",
+        "_plan",
+        "_reading",
+        "_swap",
+        "checkpoints",
+        "integrations.*",
+        "deploy",
+        "graphs",
+    ),
     ("",),  # fastres/__init__.py: gathers the public names
-    ("environment", "selfcheck", "routes", "tuning", "_timing"),
+    ("environment", "selfcheck", "routes", "tuning", "_timing", "images"),
     ("__main__", "cli", "commands", "commands.*"),
 ]
 # Of these no module of fastres may import any at top level, whatever else is installed.

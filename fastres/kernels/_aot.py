@@ -24,7 +24,6 @@ class Case(NamedTuple):
     constants: dict[str, Any]
     options: dict[str, int]  # num_warps, num_stages
     aligned: list[str]  # arguments declared divisible by 16
-    archs: tuple[int, ...] = ()  # compute capabilities it can be chosen for, as 90; empty: all
 
 
 def signature(kernel: Any, storage: str, types: dict[str, str] | None = None) -> dict[str, str]:

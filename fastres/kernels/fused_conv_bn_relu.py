@@ -43,8 +43,8 @@ from fastres.kernels._launch import on
 from fastres.kernels._library import Traffic, register
 from fastres.kernels._merge import merge_sums
 
-__all__ = ["GEMM", "GEMM_BEFORE_90", "Gemm", "Prologue", "correction", "fold", "moments", "p_sums", "pointwise_dz", "pointwise_end",
-           "precision", "tile", "weight_gradient"]  # fmt: skip
+__all__ = ["GEMM", "Gemm", "Prologue", "correction", "fold", "moments", "p_sums",
+           "pointwise_dz", "pointwise_end", "precision", "tile", "weight_gradient"]  # fmt: skip
 
 
 class Gemm(NamedTuple):
@@ -62,16 +62,15 @@ class Gemm(NamedTuple):
 GEMM: dict[str, dict[bool, tuple[Gemm, ...]]] = {
     "gram": {True: (Gemm(64, 64, 64, 8, 2), Gemm(128, 128, 32, 8, 2), Gemm(64, 64, 32, 4, 2))},
     "end": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 64, 32, 4, 2))},
-    "p": {True: (Gemm(128, 64, 64, 8, 2), Gemm(128, 128, 64, 8, 2), Gemm(64, 64, 32, 4, 2))},
-    "dz": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 64, 32, 4, 2))},
+    # A depth of 64 spills with a downsample branch on GPUs before Hopper, and at 128 x 128 with Triton 3.6.0.
+    "p": {True: (Gemm(128, 64, 32, 8, 2), Gemm(128, 128, 32, 8, 2), Gemm(64, 64, 32, 8, 2))},
+    "dz": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 32, 32, 4, 2))},
     # of ``block_start``
     "start": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 64, 32, 4, 2))},
     "dgrad": {True: (Gemm(128, 64, 64, 8, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 32, 32, 4, 2))},
 }
 for _table in GEMM.values():
     _table[False] = (Gemm(64, 64, 32, 4, 2),) * 2 + (_table[True][2],)
-# Where those spill on GPUs before Hopper, for 2 bytes.
-GEMM_BEFORE_90 = {"p": (Gemm(128, 64, 32, 8, 2), Gemm(128, 128, 32, 8, 2), Gemm(64, 64, 32, 4, 2))}
 FOLD = Gemm(16, 32, 32, 8, 2)
 # First-stage programs to aim at: two a multiprocessor of an H100 or H200, or one where every program makes a large
 # tile of sums, for those are written and read back.
@@ -81,15 +80,7 @@ _PROGRAMS, _PROGRAMS_LARGE = 264, 132
 def tile(kernel: str, x: Tensor, columns: int, *others: int) -> Gemm:
     """The configuration of a product with this many result columns; ``others`` are the other channel counts."""
     odd = any(size % 16 for size in (columns, *others))
-    small, which = x.element_size() == 2, 2 if odd else int(columns > 64)
-    if (
-        small
-        and kernel in GEMM_BEFORE_90
-        and x.is_cuda
-        and torch.cuda.get_device_capability(x.device) < (9, 0)
-    ):
-        return GEMM_BEFORE_90[kernel][which]
-    return GEMM[kernel][small][which]
+    return GEMM[kernel][x.element_size() == 2][2 if odd else int(columns > 64)]
 
 
 def precision(x: Tensor) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from fastres.kernels import _pointwise as fwd
 from fastres.kernels import _pointwise_backward as bwd
 from fastres.kernels._aot import STORAGE, Case, signature
-from fastres.kernels.fused_conv_bn_relu import FOLD, GEMM, GEMM_BEFORE_90, Gemm
+from fastres.kernels.fused_conv_bn_relu import FOLD, GEMM
 
 __all__ = ["aot_cases", "odd_cases"]
 
@@ -33,16 +33,13 @@ def _products(storage: str, which: int) -> Iterator[Case]:
          dict(act, BATCH=True, KEEP=True, PAIR=False, BATCH2=False, STRIDE2=1),
          dict(act, BATCH=True, KEEP=True, PAIR=True, BATCH2=True, STRIDE2=2)),
     ):  # fmt: skip
-        tiles: list[tuple[Gemm, tuple[int, ...]]] = [(GEMM[name][small][which], ())]
-        if small and name in GEMM_BEFORE_90 and which < 2:  # which 2 is compiled for 90 alone
-            tiles = [(GEMM[name][small][which], (90, 100)), (GEMM_BEFORE_90[name][which], (80,))]
-        for t, archs in tiles:
-            for i, flags in enumerate((first, second)):
-                yield Case(
-                    f"{name}{i + 1}-{storage}-{t.m}x{t.n}x{t.k}", kernel, signature(kernel, storage, types),
-                    dict(flags, **dict(zip(sizes, t[:3], strict=True))),
-                    dict(num_warps=t.warps, num_stages=t.stages), _aligned(kernel), archs,
-                )  # fmt: skip
+        t = GEMM[name][small][which]
+        for i, flags in enumerate((first, second)):
+            yield Case(
+                f"{name}{i + 1}-{storage}-{t.m}x{t.n}x{t.k}", kernel, signature(kernel, storage, types),
+                dict(flags, **dict(zip(sizes, t[:3], strict=True))), dict(num_warps=t.warps, num_stages=t.stages),
+                _aligned(kernel),
+            )  # fmt: skip
 
 
 def _small(storage: str) -> Iterator[Case]:

@@ -1,0 +1,112 @@
+"""Folded weights, kept per convolution as long as what they were made from has not changed.
+
+The cache lies outside the modules: state dict, ``deepcopy``, ``pickle`` and the convolution itself know nothing of it,
+and its entries go with the convolution. An entry is used where the norm is the same and every tensor that went into
+it is the same object in the same storage with the same version counter. So it notices every change that PyTorch
+records: in place under ``no_grad``, by an optimizer, ``load_state_dict`` (by copy or by assignment), ``.to()``,
+``.half()``, a new ``Parameter``, ``.data = tensor``, and running statistics that move, by their
+``num_batches_tracked``. Besides, a forward pass in training drops the entries of the convolutions that it uses.
+
+What PyTorch does not record cannot be noticed: values written through an alias that has a counter of its own
+(``p.data.add_()``, ``p.detach().numpy()``, a collective on ``p.data``) with no training step between two evaluations.
+:func:`forget` is for that.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fastres.kernels.folded_conv import Folded
+
+__all__ = ["KEPT", "Sources", "count", "forget", "get", "held", "trained"]
+
+KEPT = 4  # entries a convolution: routes, dtypes and layouts that it is used in by turns
+
+
+class Sources(NamedTuple):
+    """Everything that a folded weight is made from."""
+
+    weight: Tensor
+    bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+    batches: Tensor | None  # counts the updates of mean and var, which some kernels make without telling
+    eps: float
+
+
+class _Entry(NamedTuple):
+    state: tuple[Any, ...]
+    storages: tuple[StorageWeakRef, ...]  # keep the addresses in ``state`` from being given to other storages
+    folded: Folded
+
+
+_cache: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Entry]] = weakref.WeakKeyDictionary()
+
+
+def _state(s: Sources) -> tuple[Any, ...]:
+    return tuple(
+        (id(t), t._version, t.untyped_storage()._cdata, t.storage_offset()) if isinstance(t, Tensor) else t for t in s
+    )  # fmt: skip
+
+
+def get(conv: nn.Module, key: Any, sources: Sources, make: Callable[[], Folded]) -> Folded:
+    """The folded weight of a convolution for ``key`` (route, dtype, layout), made where there is no valid one.
+
+    Args:
+        conv: whose weight it is; held weakly.
+        key: what else the result depends on.
+        sources: what it is made from.
+        make: makes it; its errors leave the cache as it was.
+    """
+    entries = _cache.get(conv)
+    state = _state(sources)
+    if entries is not None and (entry := entries.get(key)) is not None and entry.state == state:
+        return entry.folded
+    # Outside inference mode, so that the weight can be used in either mode.
+    with torch.inference_mode(False), torch.no_grad():
+        folded = make()
+    entries = _cache.setdefault(conv, {})
+    for old in [k for k, e in entries.items() if e.state != state]:
+        del entries[old]
+    while len(entries) >= KEPT:
+        del entries[next(iter(entries))]
+    storages = tuple(StorageWeakRef(t.untyped_storage()) for t in sources if isinstance(t, Tensor))
+    entries[key] = _Entry(state, storages, folded)
+    return folded
+
+
+def trained(conv: nn.Module) -> None:
+    """A training step uses this convolution: drop what was folded from it, whoever changes the weight and how."""
+    if _cache:
+        _cache.pop(conv, None)
+
+
+def forget(module: nn.Module | None = None) -> int:
+    """Drop the folded weights of a module and all inside it, or of all modules; they are made anew when needed.
+
+    Only needed after values were changed in a way that PyTorch keeps no count of, such as ``p.data.add_()``, or to free
+    the memory. Returns how many convolutions had any.
+    """
+    if module is None:
+        dropped = len(_cache)
+        _cache.clear()
+        return dropped
+    return sum(_cache.pop(m, None) is not None for m in module.modules())
+
+
+def count(module: nn.Module) -> int:
+    """How many folded weights a module and all inside it have at present."""
+    return sum(len(_cache.get(m, ())) for m in module.modules())
+
+
+def held(module: nn.Module) -> list[Folded]:
+    """The folded weights that a module and all inside it have at present."""
+    return [entry.folded for m in module.modules() for entry in _cache.get(m, {}).values()]

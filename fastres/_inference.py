@@ -1,0 +1,282 @@
+"""Convolutions with their norms folded in, for :mod:`fastres.functional` where no gradient is wanted.
+
+:func:`convolve` and :func:`convolve_pair` give the result, or say in words why the convolution and the norm have to run
+one after the other. Nothing here changes a module; folded weights are kept by :mod:`fastres._folding`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastres import _folding
+from fastres._routing import BatchNorm, decide_folded, get_folding, record
+from fastres.kernels import fused_conv_bn_relu as pointwise_ops
+from fastres.kernels.folded_conv import (
+    Folded,
+    Geometry,
+    aten_conv,
+    fold,
+    folded_conv,
+    geometry,
+    onednn_conv,
+    pack,
+)
+
+__all__ = ["Check", "conv_add_relu", "convolve", "convolve_pair", "inference_layout", "off"]
+
+LAST = torch.channels_last
+Check = Callable[
+    [tuple[int, ...], Tensor], None
+]  # of a norm against the convolution's output shape and input
+
+
+def off() -> bool:
+    """Whether no norm may be folded now: switched off, or somebody records or differentiates the operators."""
+    return (
+        torch.compiler.is_compiling()  # the compiler sees the norm and folds or fuses it itself
+        or get_folding() == "off"
+        or torch.jit.is_tracing()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+class _Layer(NamedTuple):
+    """A convolution that can be folded, on its input."""
+
+    x: Tensor
+    conv: nn.Conv2d
+    bn: BatchNorm | None
+    geometry: Geometry
+    out: tuple[int, int, int, int]
+    pointwise: bool
+    check: Check | None
+
+    def folded(self, route: str) -> Folded:
+        """The folded weight, kept from the last time."""
+        x, conv, bn = self.x, self.conv, self.bn
+        sources = _folding.Sources(conv.weight, conv.bias, None, None, None, None, None, 0.0)
+        if bn is not None:
+            sources = _folding.Sources(
+                conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked,
+                bn.eps,
+            )  # fmt: skip
+
+        def make() -> Folded:
+            if self.check is not None:
+                self.check(self.out, x)
+            f = fold(*sources[:6], sources.eps, x.dtype, torch.float32 if route == "triton" else x.dtype)
+            if route == "triton":
+                return Folded(f.weight.reshape(f.weight.shape[:2]).contiguous(), f.bias)
+            return pack(f, self.geometry, tuple(x.shape)) if route == "onednn" and not _fake(x) else f
+
+        return _folding.get(conv, (route, x.dtype), sources, make)
+
+
+def _fake(x: Tensor) -> bool:
+    if type(x) in (Tensor, nn.Parameter):
+        return False
+    from torch._subclasses.fake_tensor import FakeTensor  # slow to import, and loaded already where x is one
+
+    return isinstance(x, FakeTensor)
+
+
+def _plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter) or _fake(x)
+
+
+def _conv_obstacle(conv: nn.Module, bn: BatchNorm | None) -> str:
+    """Why a norm cannot be folded into this convolution."""
+    if type(conv) is not nn.Conv2d and not getattr(type(conv), "is_plain_convolution", False):
+        return f"the convolution is {type(conv).__name__}"
+    if (
+        conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks
+        or "forward" in conv.__dict__ or _has_any_global_hook()
+    ):  # fmt: skip
+        return "the convolution has hooks"
+    if conv.padding_mode != "zeros":
+        return f"padding_mode is {conv.padding_mode}"
+    parts: list[Tensor | None] = [conv._parameters.get("weight"), conv._parameters.get("bias")]
+    if type(parts[0]) is not nn.Parameter and (
+        parts[0] is None or type(parts[0]) is Tensor or not _fake(parts[0])
+    ):
+        return "the weight is no plain parameter"
+    if bn is not None:
+        if bn.running_mean is None or bn.running_var is None:
+            return "there are no running statistics"
+        if bn.num_batches_tracked is None:
+            return "nothing counts the updates of the running statistics (num_batches_tracked)"
+        parts += [bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked]
+    if any(t is not None and t.is_inference() for t in parts):
+        return "parameters made in inference mode do not tell when they change"
+    return ""
+
+
+def _layer(x: Tensor, conv: nn.Module, bn: BatchNorm | None, check: Check | None) -> _Layer | str:
+    if why := _conv_obstacle(conv, bn):
+        return why
+    assert isinstance(conv, nn.Conv2d)
+    g = geometry(conv)
+    if g is None:
+        return "padding differs between two sides"
+    if not _plain(x):
+        return f"the input is {type(x).__name__}"
+    if x.dim() != 4 or x.shape[1] != conv.in_channels or not x.numel() or x.device != conv.weight.device:
+        return "the input does not fit"  # the convolution itself will tell
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x if x.dtype == torch.float64 else x.to(dtype)
+    elif x.dtype != conv.weight.dtype:
+        return "the input does not fit"
+    if x.dtype == torch.float64 and conv.weight.dtype != torch.float64:
+        return "the input does not fit"
+    out = g.out(x.shape, conv.weight.shape)
+    if min(out) < 1:
+        return "the input does not fit"
+    pointwise = conv.kernel_size == (1, 1) and g.padding == (0, 0) and g.groups == 1
+    return _Layer(x, conv, bn, g, out, pointwise, check)
+
+
+def _wants_channels_last(x: Tensor, conv: nn.Conv2d) -> bool:
+    """As in PyTorch: the result is in channels_last where the weight is, whatever the input."""
+    weight = conv.weight
+    return (
+        not x.is_contiguous(memory_format=LAST)
+        and weight.is_contiguous(memory_format=LAST)
+        and not weight.is_contiguous()
+    )
+
+
+def convolve(
+    x: Tensor, conv: nn.Module, bn: BatchNorm | None, relu: bool, other: Tensor | None = None, own: bool = False,
+    check: Check | None = None, inner: bool = False,
+) -> Tensor | str:  # fmt: skip
+    """``bn(conv(x))``, plus ``other``, with ReLU, as one convolution; or why not.
+
+    Args:
+        x: [N, C, H, W]. No gradient must be wanted.
+        conv: the convolution.
+        bn: the norm behind it, on running statistics; None for none.
+        relu: end in a ReLU.
+        other: what is added before the ReLU.
+        own: ``other`` may be overwritten.
+        check: raises where the norm does not fit; called before anything is made.
+        inner: it is inside a residual branch, where the ReLU may turn NaN into 0.
+    """
+    layer = _layer(x, conv, bn, check)
+    if isinstance(layer, str):
+        return layer
+    x = layer.x
+    if _wants_channels_last(x, layer.conv):
+        layer = layer._replace(x=(x := x.contiguous(memory_format=LAST)))
+    if other is not None and (other.shape != layer.out or other.device != x.device or not _plain(other)):
+        return "the identity does not fit"
+    if other is not None and other.dtype != x.dtype:
+        return "the identity has another dtype"
+    op = "conv_bn" + ("_add" if other is not None else "") + ("_relu" if relu else "")
+    others = () if other is None else (other,)
+    product = layer.pointwise and relu and layer.geometry.stride == (1, 1)
+    route, reason = decide_folded(op, x, others, product, layer.out[1])
+    record(op, x, route, f"norm folded; {reason}" if bn is not None else reason, () if bn is None else (bn,))
+    f, g = layer.folded("triton" if route == "reference" and product and _last(x) else route), layer.geometry
+    if route == "onednn" and not _fake(x):
+        return onednn_conv(x, f, g, relu, other, own, inner)
+    if f.weight.dim() == 2:
+        return _product(x, f, other)
+    if route in ("cudnn", "reference"):
+        return folded_conv(x, *f, other, *g, relu)
+    with torch.autocast(x.device.type, enabled=False):
+        return aten_conv(x, f, g, relu, other)
+
+
+def _last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=LAST)
+
+
+def _product(
+    x: Tensor,
+    f: Folded,
+    other: Tensor | None,
+    x2: Tensor | None = None,
+    f2: Folded | None = None,
+    stride2: int = 1,
+) -> Tensor:
+    two = (None, None) if f2 is None else tuple(f2)
+    return pointwise_ops.pointwise_end(
+        x, None, None, None, None, 0.0, False, *f, other, x2, *two, stride2, None, False
+    )[0]
+
+
+def convolve_pair(
+    x: Tensor, conv: nn.Module, bn: BatchNorm, check: Check, x2: Tensor, conv2: nn.Module, bn2: BatchNorm, check2: Check
+) -> Tensor | str:  # fmt: skip
+    """``relu(bn(conv(x)) + bn2(conv2(x2)))`` as one product, where both are 1x1 convolutions on a GPU; or why not."""
+    first, second = _layer(x, conv, bn, check), _layer(x2, conv2, bn2, check2)
+    if isinstance(first, str) or isinstance(second, str):
+        return first if isinstance(first, str) else second  # type: ignore[return-value]
+    stride2 = second.geometry.stride
+    if not (
+        first.pointwise and second.pointwise and first.geometry.stride == (1, 1) and stride2[0] == stride2[1]
+    ):
+        return "no pair of 1x1 convolutions"
+    if first.out != second.out or first.x.dtype != second.x.dtype or not (_last(first.x) and _last(second.x)):
+        return "no pair of 1x1 convolutions in channels_last"
+    route, reason = decide_folded("conv_bn_add_relu", first.x, (), True, first.out[1])
+    if route not in ("triton", "reference"):
+        return reason
+    record("conv_bn_add_relu", first.x, route, f"norm folded; {reason}; with the downsample's", (bn,))
+    record("conv_bn", second.x, route, f"norm folded; {reason}; in the block end's product", (bn2,))
+    return _product(
+        first.x, first.folded("triton"), None, second.x, second.folded("triton"), stride2[0]
+    )  # fmt: skip
+
+
+def conv_add_relu(
+    x: Tensor,
+    conv: nn.Module,
+    relu: bool,
+    other: Tensor | None = None,
+    own: bool = False,
+    inner: bool = False,
+) -> Tensor:
+    """``conv(x)``, plus ``other``, with ReLU: fused where no gradient is wanted, else PyTorch's operators.
+
+    Args:
+        x: [N, C, H, W].
+        conv: a convolution without norm, called as a function of its parameters, not as a module.
+        relu, other, own, inner: as :func:`convolve`.
+    """
+    given = (x, other, conv._parameters.get("weight"), conv._parameters.get("bias"))
+    plain = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    if not (plain or off()):
+        z = convolve(x, conv, None, relu, other, own, inner=inner)
+        if isinstance(z, Tensor):
+            return z
+    assert isinstance(conv, nn.Conv2d)
+    y = conv._conv_forward(x, conv.weight, conv.bias)
+    y = y if other is None else y + other
+    return torch.relu(y) if relu else y
+
+
+def inference_layout(x: Tensor) -> Tensor:
+    """The images of a network in the layout that inference on them is fastest in: x itself, or a channels_last copy.
+
+    Only where no gradient is wanted and oneDNN's fused convolutions will run. The network gives its results back in
+    the layout that the images came in.
+    """
+    if off() or torch.is_grad_enabled() or x.device.type != "cpu" or x.is_contiguous(memory_format=LAST):
+        return x
+    last = x.new_empty(1, 2, 2, 2).contiguous(memory_format=LAST)
+    if decide_folded("conv_bn", last, (), False, 1)[0] != "onednn":
+        return x
+    record(
+        "layout", x, "channels_last", "NCHW images: runs in channels_last, results are given back in NCHW", ()
+    )
+    return x.contiguous(memory_format=LAST)

@@ -1,0 +1,501 @@
+"""Inference on every route: values against eager eval mode, what must not be overwritten, special values, layouts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import fastres
+from fastres import functional
+from fastres._registry import MODELS
+from fastres.kernels import _tuned, folded_conv
+from fastres.kernels._triton import INTERPRET
+from tests.cases import Route
+from tests.parity import randomize
+from tests.tolerance import assert_close64, assert_layout, poison
+
+NCHW, LAST = torch.contiguous_format, torch.channels_last
+plain_process = pytest.mark.skipif(
+    INTERPRET, reason="the CPU operators are the kernels under TRITON_INTERPRET"
+)
+ROUTES = [
+    pytest.param(Route("auto", "cpu"), id="onednn", marks=plain_process),
+    pytest.param(Route("aten", "cpu"), id="aten", marks=plain_process),
+    pytest.param(Route("reference", "cpu"), id="reference", marks=plain_process),
+    pytest.param(Route("triton", "cpu"), id="interpret", marks=pytest.mark.interpret),
+    pytest.param(Route("triton", "cuda"), id="gpu", marks=pytest.mark.gpu),
+]
+AUTO = Route("auto", "cpu")
+every_route = pytest.mark.parametrize("route", ROUTES)
+
+
+def bottleneck(kind, **options):
+    return fastres.ResLayer(fastres.Bottleneck, 2, 16, 64, norm_cfg=dict(type=kind), **options)
+
+
+def basic(kind, **options):
+    return fastres.ResLayer(fastres.BasicBlock, 2, 16, 32, norm_cfg=dict(type=kind), **options)
+
+
+BLOCKS = {
+    "basic": lambda k: basic(k, stride=2),
+    "bottleneck": lambda k: bottleneck(k, stride=2),
+    "same size": lambda k: fastres.ResLayer(fastres.Bottleneck, 1, 16, 16, norm_cfg=dict(type=k)),
+    "caffe": lambda k: bottleneck(k, stride=2, style="caffe"),
+    "dilated": lambda k: bottleneck(k, dilation=2),
+    "pooled shortcut": lambda k: bottleneck(k, stride=2, avg_down=True),
+    "grouped": lambda k: bottleneck(k, stride=2, groups=4, mid_channels=16),
+    "drop path": lambda k: basic(k, drop_path_rate=0.5),
+    "se": lambda k: fastres.ResLayer("SEBottleneck", 2, 16, 64, stride=2, norm_cfg=dict(type=k)),
+    "odd channels": lambda k: fastres.ResLayer(fastres.Bottleneck, 1, 9, 20, stride=2, norm_cfg=dict(type=k)),
+}
+
+
+def pair(make, dtype=torch.float32, device="cpu"):
+    """The network on fused norms, the same on PyTorch's, and that in float64."""
+    ours = randomize(make("FusedBN")).to(device, dtype).eval()
+    plain = make("BN").to(device, dtype).eval()
+    plain.load_state_dict(ours.state_dict())
+    return ours, plain, copy.deepcopy(plain).double()
+
+
+def last(out):
+    return out[-1] if isinstance(out, tuple) else out
+
+
+def assert_like_eager(make, x, route=AUTO, dtype=None, twice=True):
+    dtype = dtype or x.dtype
+    ours, plain, ref = pair(make, dtype, route.device)
+    x = x.to(route.device)
+    kept = x.clone(memory_format=torch.preserve_format)
+    with torch.no_grad(), functional.record_routes() as log:
+        eager, want = last(plain(x)), last(ref(x.double()))
+        with functional.backend(route.backend), poison():
+            got = last(ours(x))
+            again = last(ours(x)) if twice else got
+    assert torch.equal(x, kept), "the input was changed"
+    assert torch.equal(got, again)
+    assert_layout(got, eager)
+    assert_close64("inference", got, eager, want, dtype)
+    assert log and all("norm folded" in c.reason or c.op in ("max_pool", "layout") or not c.key for c in log)
+    return log
+
+
+@every_route
+@pytest.mark.parametrize("layout", [NCHW, LAST], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks(name, layout, route, randn):
+    size = (2, 9 if name == "odd channels" else 16, 9, 7)
+    if route.device == "cuda":
+        size = (8, size[1], 33, 31)
+    if route.backend == "triton" and route.device == "cpu" and name in ("grouped", "drop path", "dilated"):
+        size = (1, size[1], 5, 4)
+    log = assert_like_eager(BLOCKS[name], randn(*size, layout=layout), route)
+    used = {c.route for c in log if c.op != "add_relu"}
+    if route.backend == "auto" and layout == LAST and name != "se":
+        assert used == {"onednn"}
+    if route.backend == "triton" and layout == LAST and "basic" not in name and name != "drop path":
+        assert "triton" in used
+
+
+@every_route
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_reduced_nets(dtype, route, randn):
+    """`.half()` and `.bfloat16()`: parameters, statistics and activations in 16 bits."""
+    assert_like_eager(BLOCKS["bottleneck"], randn(2, 16, 9, 7, dtype=dtype, layout=LAST), route)
+
+
+@plain_process
+def test_float64(randn):
+    log = assert_like_eager(BLOCKS["bottleneck"], randn(2, 16, 9, 7, dtype=torch.float64, layout=LAST))
+    assert {c.reason for c in log} == {"norm folded; oneDNN has no float64"}
+
+
+@every_route
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_autocast(dtype, route, randn):
+    """Folded in float32, then cast: the weight is rounded once, as eager's convolution rounds it."""
+    ours, plain, ref = pair(BLOCKS["bottleneck"], device=route.device)
+    x = randn(2, 16, 9, 7, layout=LAST).to(route.device)
+    with torch.no_grad():
+        want = ref(x.double())
+        with torch.autocast(route.device, dtype):
+            eager = plain(x)
+            with functional.backend(route.backend):
+                got, again = ours(x), ours(x)
+    assert got.dtype == eager.dtype == dtype and torch.equal(got, again)
+    assert_close64("autocast", got, eager, want, dtype)
+
+
+NETS = {
+    "resnet18": dict(type="ResNet", depth=18),
+    "resnet50": dict(type="ResNet", depth=50),
+    "v1d": dict(type="ResNetV1d", depth=50),
+    "cifar": dict(type="ResNet_CIFAR", depth=18),
+    "resnext": dict(type="ResNeXt", depth=50),
+    "se": dict(type="SEResNet", depth=50),
+    "dilated caffe": dict(
+        type="ResNet", depth=50, style="caffe", strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4)
+    ),
+}
+
+
+def build(name, **options):
+    return lambda kind: MODELS.build(
+        dict(NETS[name], stem_channels=16, base_channels=16, norm_cfg=dict(type=kind), **options)
+    )
+
+
+@plain_process
+@pytest.mark.parametrize("layout", [NCHW, LAST], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("name", [n for n in NETS if n != "resnext"])
+def test_networks(name, layout, randn):
+    """NCHW images run in channels_last inside and come out in NCHW."""
+    log = assert_like_eager(build(name), randn(2, 3, 45, 38, layout=layout))
+    assert any(c.op == "layout" for c in log) == (layout == NCHW)
+    assert {c.route for c in log if c.op.startswith("conv_bn")} == {"onednn"}
+
+
+@plain_process
+def test_every_output_comes_back_in_the_layout_of_the_images(randn):
+    net = randomize(build("resnet18", out_indices=(0, 1, 2, 3))("FusedBN")).eval()
+    x = randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert all(out.is_contiguous() for out in net(x))
+        assert all(out.is_contiguous(memory_format=LAST) for out in net(x.contiguous(memory_format=LAST)))
+
+
+@plain_process
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "v1d", "cifar"])
+def test_an_image_that_is_not_finite_does_not_come_out_finite(name, value, randn):
+    """oneDNN's ReLU swallows NaN; the identity must carry it past."""
+    net = randomize(build(name)("FusedBN")).eval()
+    x = randn(2, 3, 32, 32, layout=LAST)
+    x[0, 0, 5, 5] = value
+    with torch.no_grad():
+        out = net(x)[-1]
+    assert not out[0].isfinite().all() and out[1].isfinite().all()
+
+
+@plain_process
+def test_relu_alone_keeps_nan(randn):
+    conv, norm = nn.Conv2d(4, 8, 3), fastres.FusedBatchNorm2d(8).eval()
+    x = randn(1, 4, 5, 5, layout=LAST)
+    x[0, 0, 0, 0] = float("nan")
+    with torch.no_grad():
+        first = functional.conv_bn_relu(x, conv, norm.fused())
+        second = functional.conv_bn_relu(first, nn.Conv2d(8, 8, 1), norm.fused())
+        assert second.tensor()[0, :, 0, 0].isnan().all()
+
+
+@plain_process
+def test_the_pending_identity_is_not_overwritten(randn):
+    """The addition in place takes a tensor that nobody else can have."""
+    conv, norm = nn.Conv2d(8, 8, 1), fastres.FusedBatchNorm2d(8).eval()
+    x = randn(2, 8, 5, 5, layout=LAST)
+    with torch.no_grad():
+        identity = functional.conv_bn(x, conv, norm.fused())
+        out = functional.add_relu(functional.conv_bn(x, conv, norm.fused()), identity)
+        again = functional.add_relu(functional.conv_bn(x, conv, norm.fused()), identity)
+        assert torch.equal(out, again)
+        assert torch.equal(identity.tensor(), functional.conv_bn(x, conv, norm.fused()).tensor())
+        kept = identity.tensor().clone()
+        functional.add_relu(functional.conv_bn(x, conv, norm.fused()), identity)
+        assert torch.equal(identity.tensor(), kept)
+
+
+@plain_process
+def test_other_norms_stay(randn):
+    """GroupNorm, a user's norm and frozen norms, alone and in part of a net."""
+    net = fastres.ResNet(
+        18, base_channels=16, stem_channels=16, norm_cfg=dict(type="GN", num_groups=4)
+    ).eval()
+    x = randn(2, 3, 32, 32)
+    with torch.no_grad(), functional.record_routes() as log:
+        net(x)
+    assert log == []
+
+    def make(kind):
+        net = build("resnet18")(kind)
+        net.layer2[0].bn2 = nn.GroupNorm(4, 32)
+        net.layer3[1].bn1 = nn.InstanceNorm2d(64, affine=True, track_running_stats=True)
+        return net
+
+    ours, plain, ref = pair(make)
+    with torch.no_grad():
+        assert_close64("partly replaced", ours(x)[0], plain(x)[0], ref(x.double())[0])
+
+
+@plain_process
+def test_batches_and_sizes_share_the_weight(randn):
+    ours, plain, ref = pair(BLOCKS["bottleneck"])
+    for n, h, w in ((1, 1, 1), (2, 9, 7), (5, 32, 16), (1, 33, 1)):
+        x = randn(n, 16, h, w, layout=LAST)
+        with torch.no_grad():
+            assert_close64(f"{n}x{h}x{w}", ours(x), plain(x), ref(x.double()))
+    assert fastres._folding.count(ours) == 7
+
+
+@plain_process
+def test_empty_and_wrong_inputs_are_as_before(randn):
+    ours, plain, _ = pair(BLOCKS["basic"])
+    with torch.no_grad():
+        assert ours(randn(0, 16, 8, 8)).shape == plain(randn(0, 16, 8, 8)).shape
+        with pytest.raises(ValueError, match="16 channels"):
+            ours(randn(2, 3, 8, 8))
+        with pytest.raises(TypeError, match="float64"):
+            ours(randn(2, 16, 8, 8, dtype=torch.float64))
+        conv, norm = ours[0].conv1, ours[0].bn1.fused()
+        with pytest.raises(ValueError, match="identity"):
+            functional.add_relu(functional.conv_bn(randn(2, 16, 8, 8), conv, norm), randn(2, 32, 3, 3))
+
+
+# ---------------------------------------------------------------------------------------------- when oneDNN is amiss
+
+
+@pytest.fixture
+def untried():
+    folded_conv._onednn_trial.cache_clear()
+    yield
+    folded_conv._onednn_trial.cache_clear()
+
+
+def routes_and_values(randn):
+    ours, plain, ref = pair(BLOCKS["bottleneck"])
+    x = randn(2, 16, 9, 7, layout=LAST)
+    with torch.no_grad(), functional.record_routes() as log:
+        assert_close64("inference", ours(x), plain(x), ref(x.double()))
+    return {c.route for c in log}, {c.reason for c in log}
+
+
+@plain_process
+def test_an_operator_that_is_missing_or_changed_is_not_used(randn, monkeypatch, untried):
+    def broken(*args):
+        raise RuntimeError("mkldnn::_reorder_convolution_weight() expected 7 arguments")
+
+    monkeypatch.setattr(folded_conv, "pack", broken)
+    used, why = routes_and_values(randn)
+    assert used == {"folded"} and "failed when it was tried: RuntimeError" in why.pop()
+
+
+@plain_process
+def test_an_operator_that_differs_is_not_used(randn, monkeypatch, untried):
+    right = folded_conv.onednn_conv
+    monkeypatch.setattr(folded_conv, "onednn_conv", lambda *a: right(*a) * 1.01)
+    used, why = routes_and_values(randn)
+    assert used == {"folded"} and "differed from PyTorch's" in why.pop()
+
+
+@plain_process
+def test_an_addition_that_overwrites_is_not_used(randn, monkeypatch, untried):
+    right = folded_conv.onednn_conv
+
+    def overwriting(x, f, g, relu, other, own, inner):
+        return right(x, f, g, relu, other, other is not None, inner)
+
+    monkeypatch.setattr(folded_conv, "onednn_conv", overwriting)
+    used, why = routes_and_values(randn)
+    assert used == {"folded"} and "changed its operand" in why.pop()
+
+
+@plain_process
+def test_onednn_switched_off(randn):
+    with torch.backends.mkldnn.flags(enabled=False):
+        used, why = routes_and_values(randn)
+    assert used == {"folded"} and "switched off" in why.pop()
+
+
+@plain_process
+def test_onednn_refuses_gradients(randn):
+    conv = nn.Conv2d(4, 4, 1)
+    g = folded_conv.geometry(conv)
+    x = randn(1, 4, 3, 3, layout=LAST).requires_grad_()
+    f = folded_conv.pack(folded_conv.Folded(conv.weight.detach(), conv.bias.detach()), g, (1, 4, 3, 3))
+    with pytest.raises(AssertionError):
+        folded_conv.onednn_conv(x, f, g, False, None, False, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_reduced_precision_on_a_cpu_says_what_is_faster(dtype):
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
+    assert ("float32 is faster" in folded_conv.onednn_obstacle(dtype)) == (not supported)
+
+
+# ------------------------------------------------------------------------------------------------- as on a GPU
+
+
+def gpu_routes(name, layout=LAST, batch=8):
+    from fastres.routes import routes
+
+    return routes(
+        lambda: MODELS.build(dict(NETS[name], norm_cfg=dict(type="FusedBN"))), (batch, 3, 64, 64), torch.bfloat16,
+        layout == LAST, False, (9, 0),
+    )  # fmt: skip
+
+
+def test_a_gpu_runs_one_kernel_a_convolution():
+    found = gpu_routes("resnet50")
+    assert all("norm folded" in r.choice.reason or r.choice.op == "max_pool" for r in found)
+    assert {r.choice.route for r in found} == {"triton", "cudnn"}
+    assert sum(r.choice.route == "cudnn" for r in found) == 16  # the 3x3s
+    assert all(r.layer for r in found)
+    by_layer = {r.layer: r.choice for r in found}
+    assert "in the block end's product" in by_layer["layer1.0.downsample.1"].reason
+    found = gpu_routes("resnet18")
+    assert {r.choice.route for r in found if r.choice.op.endswith("add_relu")} == {"cudnn"}
+
+
+def test_nchw_on_a_gpu_is_cudnn():
+    found = gpu_routes("resnet50", NCHW)
+    assert {r.choice.route for r in found if r.choice.op != "max_pool"} == {"cudnn"}
+
+
+@plain_process
+def test_operators_are_well_registered(randn):
+    from torch.library import opcheck
+
+    x, w, b = randn(2, 8, 9, 7, layout=LAST), randn(6, 4, 3, 3), randn(6)
+    y = torch.nn.functional.conv2d(x, w, b, 2, 1, 1, 2)
+    for other in (None, torch.randn_like(y)):
+        args = (x, w, b, other, [2, 2], [1, 1], [1, 1], 2, True)
+        opcheck(folded_conv.folded_conv, args, test_utils=("test_schema", "test_faketensor"))
+        want = y if other is None else y + other
+        assert torch.allclose(folded_conv.folded_conv(*args), want.relu(), atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_tuned_table_may_choose_cudnn_for_a_1x1(randn):
+    conv, norm = nn.Conv2d(64, 64, 1, device="cuda"), fastres.FusedBatchNorm2d(64, device="cuda").eval()
+    x = randn(8, 64, 16, 16, device="cuda", layout=LAST)
+    key = functional._inference.decide_folded.__globals__["_tuned_key"](x, 64)
+    for table, wanted in ((_tuned.EMPTY, "triton"), (_tuned.EMPTY._replace(routes={key: "aten"}), "cudnn")):
+        _tuned.reset(table)
+        with torch.no_grad(), functional.record_routes() as log:
+            functional.conv_bn_relu(x, conv, norm.fused()).tensor()
+        assert log[0].route == wanted
+    _tuned.reset()
+
+
+# ------------------------------------------------------------------------------------------------ the permanent copy
+
+
+@plain_process
+@pytest.mark.parametrize("kind", ["FusedBN", "BN"])
+@pytest.mark.parametrize("name", [n for n in NETS if n != "resnext"])
+def test_fold_gives_a_copy_without_batch_norms(name, kind, randn):
+    ours, plain, ref = pair(build(name))
+    source = ours if kind == "FusedBN" else plain
+    before = {k: v.clone() for k, v in source.state_dict().items()}
+    copied = fastres.fold(source)
+    assert not any(isinstance(m, _BatchNorm | nn.Identity) for m in copied.modules())
+    assert not any("running" in k or "bn" in k for k in copied.state_dict())
+    assert not any(p.requires_grad for p in copied.parameters())
+    x = randn(2, 3, 45, 38)
+    with torch.no_grad():
+        eager, want = plain(x)[-1], ref(x.double())[-1]
+        assert_close64("folded", copied(x)[-1], eager, want)
+        with functional.folding("off"):
+            assert_close64("folded, plain operators", copied(x)[-1], eager, want)
+        assert_layout(copied(x)[-1], eager)
+        randomize(source, 3)
+        assert_close64("shares nothing", copied(x)[-1], eager, want)
+    randomize(source, 7)
+    assert all(torch.equal(v, before[k]) for k, v in source.state_dict().items())
+    twin = copy.deepcopy(copied)
+    with torch.no_grad():
+        assert torch.equal(twin(x)[-1], copied(x)[-1])
+
+
+class Foreign(nn.Module):
+    """Somebody else's block and head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=True), nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.tail = nn.Sequential(nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)) + x)
+        return self.tail(x)
+
+
+@plain_process
+@pytest.mark.parametrize("fused", [False, True])
+def test_fold_of_a_foreign_model(fused, randn):
+    net = randomize(Foreign()).eval()
+    ref, x = copy.deepcopy(net).double(), randn(2, 3, 9, 7, layout=LAST)
+    with torch.no_grad():
+        eager = net(x)
+        if fused:
+            fastres.fuse_(net)
+            assert_close64("fused", net(x), eager, ref(x.double()))
+        copied = fastres.fold(net)
+        assert_close64("folded", copied(x), eager, ref(x.double()))
+    assert not any(isinstance(m, _BatchNorm) for m in copied.modules())
+    assert type(copied) is Foreign
+
+
+def test_fold_says_what_it_cannot():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match=r"fold: 2 \(BatchNorm2d\) cannot be folded; wanted strict=False"):
+        fastres.fold(net)
+    assert isinstance(fastres.fold(net, strict=False)[2], nn.BatchNorm2d)
+    with pytest.raises(TypeError, match="wanted an nn.Module"):
+        fastres.fold(3)
+
+
+# ------------------------------------------------------------------------------------------------------- the head
+
+
+@plain_process
+@pytest.mark.slow
+def test_the_same_class_for_every_digit_of_the_test_set():
+    """A classifier trained for some steps: head outputs by the rule, and the same top-1 on all held-out digits."""
+    load_digits = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed").load_digits
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
+    labels = torch.tensor(data.target)
+
+    def make(kind):
+        backbone = dict(
+            type="ResNet_CIFAR",
+            depth=18,
+            in_channels=1,
+            stem_channels=8,
+            base_channels=8,
+            norm_cfg=dict(type=kind),
+        )
+        head = dict(type="LinearClsHead", num_classes=10, in_channels=64)
+        return fastres.build_classifier(
+            dict(type="ImageClassifier", backbone=backbone, neck=dict(type="GlobalAveragePooling"), head=head)
+        )
+
+    ours = make("FusedBN").train()
+    optimizer = torch.optim.SGD(ours.parameters(), 0.1, momentum=0.9)
+    for step in range(60):
+        part = slice(step % 22 * 64, step % 22 * 64 + 64)
+        ours(images[part], labels[part])["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    plain = make("BN").eval()
+    plain.load_state_dict(ours.state_dict())
+    ours.eval()
+    held_out, answers = images[1440:], labels[1440:]
+    with torch.no_grad():
+        eager, scores, copied = plain(held_out), ours(held_out), fastres.fold(ours)(held_out)
+        want = plain.double()(held_out.double())
+    assert float((eager.argmax(1) == answers).float().mean()) > 0.5, (
+        "nothing was learnt: the test says little"
+    )
+    for name, got in (("live", scores), ("folded", copied)):
+        assert_close64(name, got, eager, want)
+        assert torch.equal(got.argmax(1), eager.argmax(1))
