@@ -340,8 +340,8 @@ def _start(branch: Pending, identity: Tensor | Pending) -> Tensor | None:
     assert isinstance(conv, nn.Conv2d)
     rows = x.shape[0] * x.shape[2] * x.shape[3]
     if (
-        not moments_pay(rows, x.shape[1], conv.out_channels)
-        or decide("add_relu", x, (), (root.bn,))[0] == "aten"
+        not moments_pay(rows, x.shape[1], conv.out_channels, "block_start", x.element_size())
+        or decide("block_start", x, (), (root.bn,))[0] == "aten"
     ):
         return None
     stride = 1
@@ -387,9 +387,10 @@ def _moment_form(
         return "no moment form: the identity has another dtype or layout"
     if n * h * w < 4 * max(c, other.shape[1] if isinstance(identity, Pending) else 0):
         return "no moment form: fewer than four rows a channel"
-    if not moments_pay(n * h * w, out, c):
-        return "moment form: off, or does not pay by the model"
-    route, reason = decide(op, x, (), (branch.bn,))
+    kind = "pair_end" if isinstance(identity, Pending) else "block_end"
+    if not moments_pay(n * h * w, out, c, kind, x.element_size()):
+        return "moment form: off, or does not pay by the model or the tuning table"
+    route, reason = decide(kind, x, (), (branch.bn,))
     if route == "aten":
         return ""
     _check_norm(op, (n, out, h, w), x.device, branch.bn)

@@ -28,7 +28,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("classifier", "classifier.*"),
     ("convert", "_matching", "_plan", "_reading", "_swap", "checkpoints", "integrations.*"),
     ("",),  # fastres/__init__.py: gathers the public names
-    ("environment", "selfcheck", "routes", "tuning", "_timing"),
+    ("environment", "selfcheck", "routes", "tuning", "_timing", "_trials", "_workload"),
     ("__main__", "cli", "commands", "commands.*"),
 ]
 # Of these no module of fastres may import any at top level, whatever else is installed.

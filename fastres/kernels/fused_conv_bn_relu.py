@@ -39,6 +39,7 @@ from torch import Tensor
 from fastres import reference
 from fastres.kernels import _pointwise as fwd
 from fastres.kernels import _pointwise_backward as bwd
+from fastres.kernels import _tuned
 from fastres.kernels._aot import STORAGE, Case, signature
 from fastres.kernels._launch import on
 from fastres.kernels._library import Traffic, register
@@ -68,14 +69,19 @@ GEMM: dict[str, dict[bool, tuple[Gemm, ...]]] = {
 }
 for _table in GEMM.values():
     _table[False] = (Gemm(64, 64, 32, 4, 2),) * 3
+_tuned.products(GEMM)
 FOLD = Gemm(16, 32, 32, 8, 2)
 _PROGRAMS = 264  # first-stage programs to aim at
 
 
 def tile(kernel: str, x: Tensor, columns: int, other: int) -> Gemm:
-    """The configuration of a product with this many result columns; ``other`` is the other channel count."""
+    """The configuration of a product with this many result columns; ``other`` is the other channel count.
+
+    The tuning table chooses among the tested ones; without it the first, or the second for more than 64 columns.
+    """
     odd = columns % 16 != 0 or other % 16 != 0
-    return GEMM[kernel][x.element_size() == 2][2 if odd else int(columns > 64)]
+    default = GEMM[kernel][x.element_size() == 2][2 if odd else int(columns > 64)]
+    return _tuned.product(kernel, x, columns, other, odd, default)
 
 
 def precision(x: Tensor) -> str:
