@@ -183,7 +183,7 @@ def convolve(
     op = "conv_bn" + ("_add" if other is not None else "") + ("_relu" if relu else "")
     others = () if other is None else (other,)
     product = layer.pointwise and relu and layer.geometry.stride == (1, 1)
-    route, reason = decide_folded(op, x, others, product, layer.out[1])
+    route, reason = decide_folded(op, x, others, product)
     record(op, x, route, f"norm folded; {reason}" if bn is not None else reason, () if bn is None else (bn,))
     f, g = layer.folded("triton" if route == "reference" and product and _last(x) else route), layer.geometry
     if route == "onednn" and not _fake(x):
@@ -228,7 +228,7 @@ def convolve_pair(
         return "no pair of 1x1 convolutions"
     if first.out != second.out or first.x.dtype != second.x.dtype or not (_last(first.x) and _last(second.x)):
         return "no pair of 1x1 convolutions in channels_last"
-    route, reason = decide_folded("conv_bn_add_relu", first.x, (), True, first.out[1])
+    route, reason = decide_folded("conv_bn_add_relu", first.x, (), True)
     if route not in ("triton", "reference"):
         return reason
     record("conv_bn_add_relu", first.x, route, f"norm folded; {reason}; with the downsample's", (bn,))
@@ -274,7 +274,7 @@ def inference_layout(x: Tensor) -> Tensor:
     if off() or torch.is_grad_enabled() or x.device.type != "cpu" or x.is_contiguous(memory_format=LAST):
         return x
     last = x.new_empty(1, 2, 2, 2).contiguous(memory_format=LAST)
-    if decide_folded("conv_bn", last, (), False, 1)[0] != "onednn":
+    if decide_folded("conv_bn", last, (), False)[0] != "onednn":
         return x
     record(
         "layout", x, "channels_last", "NCHW images: runs in channels_last, results are given back in NCHW", ()

@@ -10,7 +10,8 @@ Routes:
 ``backend("aten")`` as a context manager, or FASTRES_BACKEND in the environment, asks for one. A route that was asked
 for and cannot serve raises; nothing is rerouted silently, and ``record_routes`` shows what was chosen and why. On the
 fused routes ``moments("on" | "off" | "auto")`` or FASTRES_MOMENTS says whether a block ends in the moment form of its
-last convolution (``kernels/fused_conv_bn_relu.py``); auto asks the byte and flop model of ``moments_pay``.
+last convolution (``kernels/fused_conv_bn_relu.py``); auto asks ``moments_pay``. Where a tuning table of this GPU has
+measured a shape class (``kernels/_tuned.py``), auto takes the faster of the routes that can serve.
 ``memory("save" | "recompute")`` or FASTRES_MEMORY says whether the input of a bottleneck's 3x3 is kept for backward.
 
 Where no gradient is wanted and a norm uses running statistics it is folded into its convolution
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from fastres.kernels import _tuned
 from fastres.kernels._check import KERNEL_DTYPES
-from fastres.kernels._launch import dense, like, matrix
+from fastres.kernels._launch import dense, like, matrix, tile_key
 from fastres.kernels._triton import HAS_TRITON, INTERPRET, TRITON_ERROR
 from fastres.kernels.folded_conv import cudnn_obstacle, onednn_obstacle
 
@@ -45,6 +46,7 @@ BACKENDS = ("auto", "triton", "aten", "reference")
 MOMENTS = ("auto", "on", "off")
 MEMORY = ("save", "recompute")
 FOLDING = ("auto", "off")
+_TUNED = ("batch_norm", "add_relu", "max_pool")  # operations whose route the tuning table may choose
 
 
 class BatchNorm(NamedTuple):
@@ -156,16 +158,23 @@ _BYTES_A_SECOND = 4.3e12
 _FLOPS_A_SECOND = 0.6 * 790e12
 
 
-def moments_pay(rows: int, n: int, c: int) -> bool:
-    """Whether the moment form of a 1x1 convolution from c to n channels saves more time than it costs, by the model.
+def moments_pay(rows: int, n: int, c: int, op: str = "block_end", itemsize: int = 2) -> bool:
+    """Whether the moment form of a 1x1 convolution between c and n channels saves more time than it costs.
 
-    It saves eight passes over the [rows, n] output at two bytes (written once, read three times; its gradient written
-    once, read three times) and costs 4 rows c^2 flops and three more passes over the [rows, c] input.
+    The tuning table says so where it has measured ``op`` (``block_end``, ``pair_end`` with a downsample branch, or
+    ``block_start``) on this shape class; else a model does: the form saves eight passes over the [rows, n] output at
+    two bytes (written once, read three times; its gradient written once, read three times) and costs 4 rows c^2 flops
+    and three more passes over the [rows, c] input.
     """
     if _Setting.moments != "auto":
         return _Setting.moments == "on"
     saved = 8 * 2 * rows * n / _BYTES_A_SECOND
-    return 4 * rows * c * c / _FLOPS_A_SECOND + 3 * 2 * rows * c / _BYTES_A_SECOND < saved
+    pays = 4 * rows * c * c / _FLOPS_A_SECOND + 3 * 2 * rows * c / _BYTES_A_SECOND < saved
+    form, without = _tuned.ROUTES[op]
+    if not _tuned.routed():
+        return pays
+    key = (_tuned.log2(rows), n, c, itemsize)
+    return _tuned.route(op, key, form if pays else without) == form
 
 
 @contextmanager
@@ -214,6 +223,17 @@ def _device_obstacle(x: Tensor) -> str:
     return f"Triton does not run on {x.device.type}"
 
 
+def _measured(op: str, x: Tensor, bns: tuple[BatchNorm, ...]) -> tuple[str, str]:
+    """Of an activation that the kernels can serve: the tuning table's route, or the kernels without an entry there."""
+    route, reason = "triton", "CUDA device, dense activation"
+    if op in _TUNED and _tuned.routed() and not any(bn.group is not None and bn.training for bn in bns):
+        m = matrix(x)
+        route = _tuned.route(op, (*tile_key(m), x.element_size()), route)
+        if route != "triton":
+            reason = "faster on this GPU by the tuning table"
+    return route, reason
+
+
 def decide(op: str, x: Tensor, others: tuple[Tensor, ...], bns: tuple[BatchNorm, ...]) -> tuple[str, str]:
     """The route of one call and the reason: the only routing decision in the package."""
     asked = _Setting.backend
@@ -223,7 +243,7 @@ def decide(op: str, x: Tensor, others: tuple[Tensor, ...], bns: tuple[BatchNorm,
             route, reason = "aten", f"{x.device.type}: ATen is the measured default"
         else:
             obstacle = _device_obstacle(x) or _obstacle(x, others)
-            route, reason = ("aten", obstacle) if obstacle else ("triton", "CUDA device, dense activation")
+            route, reason = ("aten", obstacle) if obstacle else _measured(op, x, bns)
     elif asked == "triton":
         obstacle = _device_obstacle(x) or _obstacle(x, others)
         if obstacle:
@@ -249,15 +269,14 @@ def _fused_obstacle(x: Tensor, others: tuple[Tensor, ...]) -> str:
 
 
 def decide_folded(
-    op: str, x: Tensor, others: tuple[Tensor, ...], pointwise: bool, out_channels: int
-) -> tuple[str, str]:
+    op: str, x: Tensor, others: tuple[Tensor, ...], pointwise: bool
+) -> tuple[str, str]:  # fmt: skip
     """The route of a convolution with its norm folded in, and the reason.
 
     Args:
         op: named where a route that was asked for cannot serve.
         x, others: the input, in the dtype it will be computed in, and what is added to the result.
         pointwise: it is a 1x1 that the block end's product can make.
-        out_channels: of the convolution.
     """
     asked = _Setting.backend
     if asked == "aten":
@@ -277,16 +296,9 @@ def decide_folded(
     if asked == "reference":
         return "reference", "backend 'reference' was asked for"
     if pointwise and x.is_contiguous(memory_format=torch.channels_last):
-        tuned = _tuned.active().routes.get(_tuned_key(x, out_channels)) if x.is_cuda else None
-        if tuned != "aten" or asked == "triton":
-            return "triton", "1x1: product with affine, addition and ReLU" + (", tuned" if tuned else "")
+        return "triton", "1x1: product with affine, addition and ReLU"
     obstacle = cudnn_obstacle(x.dtype, x.device) if x.is_cuda else ""
     return ("folded", obstacle) if obstacle else ("cudnn", "convolution with bias, addition and ReLU")
-
-
-def _tuned_key(x: Tensor, out_channels: int) -> tuple[str, bool, int, int, int]:
-    rows = x.shape[0] * x.shape[2] * x.shape[3]
-    return "folded_conv", True, (rows - 1).bit_length(), (out_channels - 1).bit_length(), x.element_size()
 
 
 def choose(

@@ -491,8 +491,9 @@ def _start(branch: Pending, identity: Tensor | Pending | Linked) -> Tensor | Non
         return None
     assert isinstance(conv, nn.Conv2d)
     n, _, h, w = x.shape
-    route, reason = decide("add_relu", x, (), (root.bn,))
-    if route == "aten" or not moments_pay(n * h * w, x.shape[1], conv.out_channels):
+    route, reason = decide("block_start", x, (), (root.bn,))
+    pays = moments_pay(n * h * w, x.shape[1], conv.out_channels, "block_start", x.element_size())
+    if route == "aten" or not pays:
         return None
     _check_norm("batch_norm", (n, conv.out_channels, h, w), x.device, root.bn)
     record("batch_norm", x, route, f"{reason}; block start", (root.bn,))
@@ -571,9 +572,10 @@ def _moment_form(
         return "no moment form: the identity has another dtype or layout"
     if n * h * w < 4 * max(c, other.shape[1] if isinstance(identity, Pending) else 0):
         return "no moment form: fewer than four rows a channel"
-    if not moments_pay(n * h * w, out, c):
-        return "moment form: off, or does not pay by the model"
-    route, reason = decide(op, x, (), (branch.bn,))
+    kind = "pair_end" if isinstance(identity, Pending) else "block_end"
+    if not moments_pay(n * h * w, out, c, kind, x.element_size()):
+        return "moment form: off, or does not pay by the model or the tuning table"
+    route, reason = decide(kind, x, (), (branch.bn,))
     if route == "aten":
         return ""
     _check_norm(op, (n, out, h, w), x.device, branch.bn)

@@ -251,7 +251,7 @@ def check(
     return Result(case.name, str(dtype)[6:], layout, used, worst, what, error)
 
 
-def run(device: torch.device) -> Iterator[Result]:
+def run(device: torch.device, small: bool = INTERPRET) -> Iterator[Result]:
     """Every case in every dtype and layout that this device's route serves."""
     gpu = device.type == "cuda"
     route = "triton" if gpu or INTERPRET else "reference"
@@ -259,7 +259,7 @@ def run(device: torch.device) -> Iterator[Result]:
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False  # fp32 is checked as fp32
     try:
-        for case in cases(device, small=INTERPRET):
+        for case in cases(device, small=small):
             for dtype in dtypes:
                 for memory in (torch.contiguous_format, torch.channels_last):
                     yield check(case, dtype, memory, route, device)

@@ -1,69 +1,98 @@
 """The tuner: measures launch configurations and routes for the shapes of a model, and writes this GPU's table.
 
-For every activation of the model, in the order of the bytes it stands for in a step:
+From a traced training step (``fastres._workload``), in this order, and in each part the largest share first:
 
-    elementwise tiles   the batch norm's forward and input gradient, timed with each tile that can be launched
-    reduction tiles     the batch norm's statistics and gradient sums, the same way
-    routes              the whole operation, forward and backward, on the fused operators and on ATen
+    kernels     for every shape class that a kernel is launched on, each configuration that may be launched there, on
+                the operator calls that reach it
+    operations  batch norm, block end and pooling, forward and backward, on the fused operators and on ATen
+    blocks      a residual block forward and backward, with each of the routes that it asks for (the moment form or the
+                pending form at its end, joint gradients or autograd's at its start)
 
-A configuration is timed only after its results have passed the rule of ``fastres.selfcheck`` on that shape. The default
-is replaced only by something faster by more than the spread of both. What is measured is kept as it comes, so a run
-that is stopped by its budget, or killed, goes on where it stopped.
+So routes are compared with kernels as they are then launched. Whatever is timed has passed the tolerance rule against
+float64 on that shape before. The default is replaced only by something faster by more than the spread of both. What is
+measured is kept as it comes, so a run that is stopped by its budget, or killed, goes on where it stopped.
+
+Nothing in the package tunes unless this is called, and it refuses inside the capture of a CUDA graph.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastres import functional, selfcheck
+from fastres import _trials, functional, selfcheck
 from fastres._timing import Sample, interleaved
-from fastres.functional import Choice
-from fastres.kernels import _launch, _tuned
-from fastres.kernels import batch_norm as bn_ops
-from fastres.kernels._launch import ELEMENTWISE, REDUCTION, Tile, matrix, shape_class
+from fastres._workload import Block, Call, Workload
+from fastres.kernels import _tuned
+from fastres.kernels._launch import matrix, tile_key
+from fastres.kernels._tuned import Key, Lookup, Table
 
 __all__ = ["Job", "Tuner", "jobs", "write_json"]
 
-_KINDS = {"elementwise": ELEMENTWISE, "reduction": REDUCTION}
-_ROUTED = ("batch_norm", "add_relu", "max_pool")
+_CHECKED = 16  # images a block is checked on at most: float64 takes four times the memory
 
 
 class Job(NamedTuple):
-    """One thing to measure: tiles of a kind, or routes of an operation, on one activation."""
+    """One thing to measure: ``what`` is kernel, operation or block."""
 
-    what: str  # elementwise, reduction, or the operation whose routes are measured
+    what: str
+    name: str
+    subject: Any  # the calls that reach a kernel, or what ``Route`` says, or a Block
+    weight: float  # bytes that it stands for
+
+
+class Site(NamedTuple):
+    """A kernel on a shape class: its default, and the calls that launch it with how often a step makes them."""
+
+    kernel: str
+    key: Key
+    default: tuple[int, ...]
+    calls: dict[Call, int]
+
+
+class Route(NamedTuple):
+    """An operation on an activation."""
+
+    op: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     channels_last: bool
-    weight: int  # bytes of activation in the model that it stands for
 
     @property
-    def name(self) -> str:
-        layout = "channels_last" if self.channels_last else "NCHW"
-        return f"{self.what} {'x'.join(map(str, self.shape))} {str(self.dtype)[6:]} {layout}"
+    def key(self) -> Key:
+        memory = torch.channels_last if self.channels_last else torch.contiguous_format
+        m = matrix(torch.empty(self.shape, dtype=self.dtype, device="meta").contiguous(memory_format=memory))
+        return (*tile_key(m), self.dtype.itemsize)
 
 
-def jobs(choices: Iterable[Choice]) -> list[Job]:
-    """What to measure for a model's decisions, the largest share of the bytes first; one job a shape class."""
-    weights: dict[Job, int] = {}
-    for c in choices:
-        size = c.dtype.itemsize
-        for d in c.shape:
-            size *= d
-        for what in (*_KINDS, c.op):
-            if what in _KINDS or what in _ROUTED:
-                job = Job(what, c.shape, c.dtype, c.layout != "NCHW", 0)
-                weights[job] = weights.get(job, 0) + size
-    return sorted((j._replace(weight=w) for j, w in weights.items()), key=lambda j: -j.weight)
+def jobs(work: Workload) -> list[Job]:
+    """Operations and blocks of a workload; kernels are found by launching (``Tuner.sites``)."""
+    weights: dict[Route, int] = {}
+    for c in work.choices:
+        if c.op in ("batch_norm", "add_relu", "max_pool"):
+            r = Route(c.op, c.shape, c.dtype, c.layout != "NCHW")
+            weights[r] = weights.get(r, 0) + math.prod(c.shape) * c.dtype.itemsize
+    found = [
+        Job("operation", f"{r.op} {'x'.join(map(str, r.shape))} {str(r.dtype)[6:]} "
+            f"{'channels_last' if r.channels_last else 'NCHW'}", r, w)
+        for r, w in weights.items()
+    ]  # fmt: skip
+    blocks = [
+        Job("block", f"{b.name} on {'x'.join(map(str, b.input.shape))} {str(b.input.dtype)[6:]} "
+            f"stride {b.input.stride[1]}", b, n * b.input.bytes)
+        for b, n in work.blocks.items()
+    ]  # fmt: skip
+    return [*sorted(found, key=lambda j: -j.weight), *sorted(blocks, key=lambda j: -j.weight)]
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -74,71 +103,29 @@ def write_json(path: Path, data: Any) -> None:
     os.replace(part, path)
 
 
-class _Inputs(NamedTuple):
-    y: Tensor
-    dz: Tensor
-    mean: Tensor
-    var: Tensor
-    gamma: Tensor
-    beta: Tensor
-
-
-def _inputs(job: Job, device: torch.device, sets: int) -> list[_Inputs]:
-    g = torch.Generator(device).manual_seed(0)
-    memory = torch.channels_last if job.channels_last else torch.contiguous_format
-
-    def activation() -> Tensor:
-        t = torch.randn(job.shape, generator=g, device=device).to(job.dtype)
-        return t.contiguous(memory_format=memory)
-
-    made = []
-    for _ in range(sets):
-        c = job.shape[1]
-        gamma, beta = (torch.randn(c, generator=g, device=device) for _ in range(2))
-        y, dz = activation(), activation()
-        made.append(_Inputs(y, dz, y.float().mean((0, 2, 3)), y.float().var((0, 2, 3), False), gamma, beta))
-    return made
-
-
-def _count(job: Job, device: torch.device) -> int:
+def _sets(bytes_: int, device: torch.device) -> int:
     """Input sets that together exceed the L2 cache twice."""
     if device.type != "cuda":
         return 1
-    bytes_ = 2 * job.dtype.itemsize
-    for d in job.shape:
-        bytes_ *= d
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(1, min(16, -(-2 * cache // max(bytes_, 1))))
 
 
-def _kernels(kind: str, inputs: list[_Inputs]) -> Callable[[int], tuple[Tensor, ...]]:
-    def elementwise(i: int) -> tuple[Tensor, ...]:
-        v = inputs[i % len(inputs)]
-        norm = (v.mean, v.var, v.gamma, v.beta, 1e-5)
-        z = bn_ops.batch_norm_act(v.y, *norm, True, True, None, None)
-        return z, bn_ops.batch_norm_backward(v.dz, v.y, *norm, True, None, v.gamma, v.beta, 1e-6)
-
-    def reduction(i: int) -> tuple[Tensor, ...]:
-        v = inputs[i % len(inputs)]
-        sums = bn_ops.batch_norm_reduce(v.dz, v.y, v.mean, v.var, v.gamma, v.beta, 1e-5, True)
-        return *bn_ops.batch_norm_stats(v.y, None, None, 0.0), *sums
-
-    return elementwise if kind == "elementwise" else reduction
+def _faster(samples: Mapping[Any, Sample], default: Any) -> Any:
+    """The fastest, unless the default is as fast within the spread; None where there is nothing."""
+    if not samples:
+        return None
+    best = min(samples, key=lambda k: samples[k].median)
+    if default in samples and samples[best].high >= samples[default].low:
+        return default
+    return best
 
 
-def _case(op: str, v: _Inputs) -> selfcheck.Case:
-    """The operation of a route, on these inputs."""
-    norm = {"bn.weight": v.gamma, "bn.bias": v.beta, "bn.mean": v.mean * 0, "bn.var": v.var * 0 + 1}
-    one = {**norm, "y": v.y}
-    if op == "add_relu":
-        return selfcheck.block_end({**one, "identity": v.dz})
-    return selfcheck.stem_pool(one) if op == "max_pool" else selfcheck.bn_relu(one)
-
-
-def _run(case: selfcheck.Case, tensors: dict[str, Tensor], dz: Tensor, route: str) -> None:
-    with functional.backend(route):
-        out = case.run(tensors)
-    torch.autograd.grad(out, [t for t in tensors.values() if t.requires_grad], dz)
+def _total(samples: Iterable[tuple[Sample, int]]) -> Sample:
+    """Time of several calls, each as often as a step makes it."""
+    parts = list(samples)
+    median, low, high, least = (sum(s[i] * n for s, n in parts) for i in range(4))
+    return Sample(median, low, high, least, min(s.rounds for s, _ in parts), min(s.calls for s, _ in parts))
 
 
 class Tuner:
@@ -147,145 +134,285 @@ class Tuner:
     Args:
         device: the GPU; a CPU only to try the machinery.
         path: JSON file that keeps what was measured; read again when it exists and is this device's.
-        fused: the backend that stands for the fused operators, ``triton`` on a GPU.
+        fused: the backend that stands for the fused operators, ``triton`` on a GPU and in Triton's interpreter.
+        rounds, region, warmup: of the timing (``fastres._timing``).
     """
 
-    def __init__(self, device: torch.device, path: Path, fused: str = "triton") -> None:
+    def __init__(
+        self, device: torch.device, path: Path, fused: str = "triton", rounds: int = 15, region: float = 0.01,
+        warmup: int = 3,
+    ) -> None:  # fmt: skip
         self.device, self.path, self.fused = device, path, fused
+        self.timing: dict[str, Any] = dict(device=device, rounds=rounds, region=region, warmup=warmup)
         gpu = device.type == "cuda"
         self.gpu = torch.cuda.get_device_name(device) if gpu else "CPU, a trial of the tuner"
         self.capability = torch.cuda.get_device_capability(device) if gpu else (0, 0)
-        self.tiles: list[dict[str, Any]] = []
+        self.configs: list[dict[str, Any]] = []
         self.routes: list[dict[str, Any]] = []
         self.refused: list[str] = []
+        self.tried: list[str] = []  # jobs of which nothing could be timed
         if path.exists():
             text = path.read_text()
             _tuned.parse(text, self.gpu, self.capability)  # a foreign or corrupt file is not overwritten
             data = json.loads(text)
-            self.tiles, self.routes = data["tiles"], data["routes"]
+            self.configs, self.routes = data["configs"], data["routes"]
+            self.refused, self.tried = data["refused"], data["tried"]
 
-    def _key(self, job: Job) -> dict[str, Any]:
-        memory = torch.channels_last if job.channels_last else torch.contiguous_format
-        m = matrix(torch.empty(job.shape, dtype=job.dtype, device="meta").contiguous(memory_format=memory))
-        rows, cols = shape_class(m)
-        return dict(nhwc=m.nhwc, rows=rows, cols=cols)
+    def table(self) -> Table:
+        """The choices made so far."""
+        return _tuned.parse(json.dumps(self._data()), self.gpu, self.capability, str(self.path))
+
+    # ------------------------------------------------------------------------------------------- what there is
+
+    def sites(self, calls: dict[Call, int]) -> list[Job]:
+        """Run every call once to see which kernels it launches on which shape classes; the largest share first."""
+        found: dict[tuple[str, Key], Site] = {}
+        for call, count in calls.items():
+            with _tuned.using(_tuned.EMPTY), _tuned.watch() as asked:
+                _trials.outcome(call, _trials.inputs(call, self.device))
+            for item in dict.fromkeys(asked):
+                site = found.setdefault(
+                    (item.name, item.key), Site(item.name, item.key, tuple(item.default), {})
+                )
+                site.calls[call] = count
+        made = [
+            Job("kernel", f"{s.kernel} {list(s.key)}", s, sum(c.bytes * n for c, n in s.calls.items()))
+            for s in found.values()
+        ]
+        return sorted(made, key=lambda j: -j.weight)
+
+    def _has(self, lookups: Iterable[tuple[str, Key]]) -> bool:
+        rows = {(r["op"], tuple(r["key"])) for r in self.routes}
+        return all(item in rows for item in lookups)
 
     def done(self, job: Job) -> bool:
-        """Whether the table has an entry for the job's shape class already."""
-        key = self._key(job)
-        if job.what in _KINDS:
-            return any(r["kind"] == job.what and all(r[k] == v for k, v in key.items()) for r in self.tiles)
-        key["itemsize"] = job.dtype.itemsize
-        return any(r["op"] == job.what and all(r[k] == v for k, v in key.items()) for r in self.routes)
+        """Whether the table has what the job would find, or nothing came of it before."""
+        if job.name in self.tried:
+            return True
+        if job.what == "kernel":
+            key = (job.subject.kernel, list(job.subject.key))
+            return any((r["kernel"], r["key"]) == key for r in self.configs)
+        if job.what == "operation":
+            return self._has([(job.subject.op, job.subject.key)])
+        return any(job.name == r.get("block") for r in self.routes)
 
-    def measure(self, job: Job, rounds: int = 15, region: float = 0.01) -> str:
-        """Measure one job, keep it, and say in a line what came out."""
-        line = self._tile(job, rounds, region) if job.what in _KINDS else self._route(job, rounds, region)
-        self.save()
-        return line
+    # --------------------------------------------------------------------------------------------- measuring
 
-    def _correct(self, kind: str, v: _Inputs, tile: Tile) -> bool:
-        """Whether the kernels with this tile keep the rule on this shape."""
-        case = _case("batch_norm", v)
-        memory = (
-            torch.channels_last
-            if v.y.is_contiguous(memory_format=torch.channels_last)
-            else torch.contiguous_format
-        )
-        result = selfcheck.check(case, v.y.dtype, memory, self.fused, self.device)
-        if not result.ok:
-            self.refused.append(
-                f"{kind} {list(tile)}: {result.error or f'{result.worst:.2f} in {result.what}'}"
-            )
-        return result.ok
+    def run(
+        self, todo: list[Job], budget: float, say: Callable[[str], None], model: nn.Module | None = None
+    ) -> tuple[int, int]:
+        """Measure what is not in the table yet until the budget, in seconds, is spent: (measured, left).
 
-    def _tile(self, job: Job, rounds: int, region: float) -> str:
-        key, inputs = self._key(job), _inputs(job, self.device, _count(job, self.device))
-        table: _launch.TileKey = (job.what, key["nhwc"], key["rows"], key["cols"])
-        tiles = _KINDS[job.what][key["nhwc"]]
-        _launch.use_tiles({})
-        try:
-            default = _launch.default_tile(job.what, matrix(inputs[0].y))
-            right = []
-            for tile in tiles:
-                _launch.use_tiles({table: tile})
-                if self._correct(job.what, inputs[0], tile):
-                    right.append(tile)
-            call = _kernels(job.what, inputs)
+        ``model`` is where blocks are taken from. RuntimeError while a CUDA graph is being captured.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("fastres tune: a CUDA graph is being captured; tune before or after")
+        stop, measured = time.perf_counter() + budget, 0
+        for job in todo:
+            if self.done(job):
+                continue
+            if time.perf_counter() >= stop:
+                break
+            with _tuned.using(self.table()):
+                if job.what == "kernel":
+                    line = self._kernel(job)
+                elif job.what == "operation":
+                    line = self._operation(job)
+                else:
+                    assert model is not None
+                    line = self._block(job, model)
+            if not self.done(job):
+                self.tried.append(job.name)
+            self.save()
+            say(line)
+            measured += 1
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return measured, sum(not self.done(j) for j in todo)
 
-            def with_tile(tile: Tile) -> Callable[[int], object]:
-                def timed(i: int) -> object:
-                    _launch.use_tiles({table: tile})
-                    return call(i)
+    def _refuse(self, what: str, worst: float, why: str = "") -> None:
+        self.refused.append(f"{what}: {why or f'{worst:.2f} of the allowed error'}")
 
-                return timed
+    def _kernel(self, job: Job) -> str:
+        site: Site = job.subject
+        base = _tuned.active()
 
-            samples = interleaved({str(t): with_tile(t) for t in right}, self.device, rounds, region)
-        finally:
-            _launch.use_tiles(None)
-        best = _faster({t: samples[str(t)] for t in right}, default)
+        def forced(config: tuple[int, ...]) -> Table:
+            return base._replace(configs={**base.configs, (site.kernel, site.key): config})
+
+        right = list(_tuned.candidates(site.kernel, site.key))
+        for call in site.calls:
+            args = _trials.inputs(call, self.device)
+            dtype = next(a.dtype for a in args if isinstance(a, Tensor) and a.dim() == 4)
+            plain, wide = _trials.references(call, args)
+            for config in list(right):
+                worst, why = float("inf"), ""
+                try:
+                    with _tuned.using(forced(config)):
+                        worst = _trials.ratio(_trials.outcome(call, args), plain, wide, dtype)
+                except (
+                    Exception
+                ) as error:  # a configuration that cannot be launched here must not end the run
+                    why = f"{type(error).__name__}: {error}"
+                if not worst <= 1.0:
+                    right.remove(config)
+                    self._refuse(f"{job.name} {list(config)} in {call.name}", worst, why)
+            del args, plain, wide
+        times: dict[tuple[int, ...], list[tuple[Sample, int]]] = {c: [] for c in right}
+        for call, count in site.calls.items():
+            given = [_trials.inputs(call, self.device, i) for i in range(_sets(call.bytes, self.device))]
+            timed = {str(c): _timed(forced(c), call, given) for c in right}
+            with _tuned.using(base):
+                found = interleaved(timed, **self.timing)
+            for c in right:
+                times[c].append((found[str(c)], count))
+        samples = {c: _total(s) for c, s in times.items() if s}
+        best = _faster(samples, site.default)
         if best is None:
             return f"{job.name}: no configuration is right"
-        timed = {str(list(t)): samples[str(t)].median * 1e6 for t in right}
-        self.tiles.append(
-            dict(key, kind=job.what, tile=list(best), microseconds=timed, shape=list(job.shape))
-        )
-        return f"{job.name}: {list(best)}{'' if best != default else ' (the default)'}"
+        self.configs.append(
+            dict(
+                kernel=site.kernel, key=list(site.key), config=list(best), default=list(site.default),
+                microseconds={str(list(c)): s.median * 1e6 for c, s in samples.items()},
+                calls=[c.name for c in site.calls],
+            )
+        )  # fmt: skip
+        return f"{job.name}: {list(best)}{'' if best != site.default else ' (the default)'}"
 
-    def _route(self, job: Job, rounds: int, region: float) -> str:
-        inputs = _inputs(job, self.device, _count(job, self.device))
-        memory = torch.channels_last if job.channels_last else torch.contiguous_format
-        cases = [_case(job.what, v) for v in inputs]
-        result = selfcheck.check(cases[0], job.dtype, memory, self.fused, self.device)
+    def _operation(self, job: Job) -> str:
+        r: Route = job.subject
+        memory = torch.channels_last if r.channels_last else torch.contiguous_format
+        bytes_ = 2 * math.prod(r.shape) * r.dtype.itemsize
+        cases = [_case(r, self.device, i) for i in range(_sets(bytes_, self.device))]
+        result = selfcheck.check(cases[0], r.dtype, memory, self.fused, self.device)
         if not result.ok:
-            self.refused.append(f"{job.name}: {result.error or f'{result.worst:.2f} in {result.what}'}")
-        leaves = [selfcheck.leaves(c, job.dtype, memory) for c in cases]
+            self._refuse(f"{job.name} in {result.what}", result.worst, result.error)
+        leaves = [selfcheck.leaves(c, r.dtype, memory) for c in cases]
         with torch.no_grad(), functional.backend("aten"):
-            dz = torch.randn_like(cases[0].run(selfcheck.leaves(cases[0], job.dtype, memory)))
+            dz = torch.randn_like(cases[0].run(selfcheck.leaves(cases[0], r.dtype, memory)))
 
         def on(route: str) -> Callable[[int], object]:
             return lambda i: _run(cases[i % len(cases)], leaves[i % len(cases)], dz, route)
 
-        routes = ("triton", "aten") if result.ok else ("aten",)
         backends = {"triton": self.fused, "aten": "aten"}
-        samples = interleaved({r: on(backends[r]) for r in routes}, self.device, rounds, region)
+        names = _tuned.ROUTES[r.op] if result.ok else ("aten",)
+        samples = interleaved({n: on(backends[n]) for n in names}, **self.timing)
         best = _faster(samples, "triton") or "aten"
-        timed = {r: s.median * 1e6 for r, s in samples.items()}
-        row = dict(self._key(job), op=job.what, itemsize=job.dtype.itemsize, route=best)
-        self.routes.append(dict(row, microseconds=timed, shape=list(job.shape)))
-        return f"{job.name}: {best}, " + ", ".join(f"{r} {us:.1f} us" for r, us in timed.items())
+        timed = {n: s.median * 1e6 for n, s in samples.items()}
+        self.routes.append(
+            dict(op=r.op, key=list(r.key), route=best, microseconds=timed, shape=list(r.shape))
+        )
+        return f"{job.name}: {best}, " + ", ".join(f"{n} {us:.1f} us" for n, us in timed.items())
 
-    def run(
-        self, todo: list[Job], budget: float, say: Callable[[str], None], **effort: Any
-    ) -> tuple[int, int]:
-        """Measure what is not in the table yet until the budget, in seconds, is spent: (measured, left)."""
-        stop, measured = time.perf_counter() + budget, 0
-        open_ = [j for j in todo if not self.done(j)]
-        for job in open_:
-            if self.done(job):  # an earlier job had the same shape class
+    def _block(self, job: Job, model: nn.Module) -> str:
+        """Choose each route that the block asks for in turn, the others as chosen so far."""
+        subject: Block = job.subject
+        base = _tuned.active()
+        block = copy.deepcopy(model.get_submodule(subject.name)).to(self.device).train()
+        x = _trials._tensor("x", subject.input, torch.Generator(self.device).manual_seed(0), self.device)
+        few = x[: max(1, min(x.shape[0], _CHECKED))].clone(memory_format=torch.preserve_format)
+        dtype = subject.input.dtype
+        asked, few_asked = self._asked(block, x, dtype), self._asked(block, few, dtype)
+        if not asked:
+            return f"{job.name}: no choice"
+        chosen = {item.name: item.default for item in asked}
+        timed: dict[str, dict[str, float]] = {}
+
+        def table(routes: dict[str, str]) -> Table:
+            forced = {(i.name, i.key): routes[i.name] for i in (*asked, *few_asked) if i.name in routes}
+            return base._replace(routes={**base.routes, **forced})
+
+        for item in asked:
+            tables = {}
+            for name in _tuned.ROUTES[item.name]:
+                with _tuned.using(table({**chosen, item.name: name})):
+                    worst, what = _trials.block_ratio(block, few, dtype, self.fused)
+                if worst <= 1.0:
+                    tables[name] = table({**chosen, item.name: name})
+                else:
+                    self._refuse(f"{job.name}, {item.name} {name} in {what}", worst)
+
+            def on(name: str, tables: dict[str, Table] = tables) -> Callable[[int], object]:
+                def once(i: int) -> object:
+                    _tuned.reset(tables[name])
+                    with functional.backend(self.fused):
+                        return _trials.block_outcome(block, x, dtype)
+
+                return once
+
+            with _tuned.using(base):
+                samples = interleaved({n: on(n) for n in tables}, **self.timing)
+            best = _faster(samples, item.default)
+            if best is None:
                 continue
-            if time.perf_counter() >= stop:
-                break
-            say(self.measure(job, **effort))
-            measured += 1
-        return measured, sum(not self.done(j) for j in todo)
+            chosen[item.name] = best
+            timed[item.name] = {n: s.median * 1e6 for n, s in samples.items()}
+            self.routes.append(
+                dict(
+                    op=item.name,
+                    key=list(item.key),
+                    route=best,
+                    microseconds=timed[item.name],
+                    block=job.name,
+                )
+            )
+        return f"{job.name}: " + ", ".join(
+            f"{op} {chosen[op]} ({', '.join(f'{n} {us:.1f} us' for n, us in t.items())})"
+            for op, t in timed.items()
+        )
 
-    def save(self) -> None:
-        write_json(
-            self.path,
-            dict(
-                schema=_tuned.SCHEMA, gpu=self.gpu, capability=list(self.capability), torch=torch.__version__,
-                date=datetime.now(timezone.utc).isoformat(timespec="seconds"), tiles=self.tiles, routes=self.routes,
-                refused=self.refused,
-            ),
+    def _asked(self, block: nn.Module, x: Tensor, dtype: torch.dtype) -> list[Lookup]:
+        """The routes that a block asks for, without those of plain activations, which are operations."""
+        with _tuned.using(_tuned.EMPTY), _tuned.watch() as seen, functional.backend(self.fused):
+            _trials.block_outcome(block, x, dtype)
+        wanted = [
+            i
+            for i in seen
+            if i.name in _tuned.ROUTES and i.name not in ("batch_norm", "add_relu", "max_pool")
+        ]
+        return list({(i.name, i.key): i for i in wanted}.values())
+
+    # ---------------------------------------------------------------------------------------------- keeping
+
+    def _data(self) -> dict[str, Any]:
+        return dict(
+            schema=_tuned.SCHEMA, gpu=self.gpu, capability=list(self.capability), torch=torch.__version__,
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"), configs=self.configs, routes=self.routes,
+            refused=self.refused, tried=self.tried,
         )  # fmt: skip
 
+    def save(self) -> None:
+        write_json(self.path, self._data())
 
-def _faster(samples: dict[Any, Sample], default: Any) -> Any:
-    """The fastest, unless the default is as fast within the spread; None where there is nothing."""
-    if not samples:
-        return None
-    best = min(samples, key=lambda k: samples[k].median)
-    if default in samples and samples[best].high >= samples[default].low:
-        return default
-    return best
+
+def _timed(table: Table, call: Call, given: list[tuple[Any, ...]]) -> Callable[[int], object]:
+    """A call as a function of its number, with a table in force; the caller puts the old one back."""
+
+    def once(i: int) -> object:
+        _tuned.reset(table)
+        return _trials.outcome(call, given[i % len(given)])
+
+    return once
+
+
+def _case(r: Route, device: torch.device, seed: int) -> selfcheck.Case:
+    """The operation of a route on random inputs, with batch statistics."""
+    g = torch.Generator(device).manual_seed(seed)
+    memory = torch.channels_last if r.channels_last else torch.contiguous_format
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, device=device)
+
+    c = r.shape[1]
+    norm = {"bn.weight": rand(c), "bn.bias": rand(c), "bn.mean": rand(c) * 0, "bn.var": rand(c) * 0 + 1}
+    one = {**norm, "y": rand(*r.shape).to(r.dtype).contiguous(memory_format=memory)}
+    if r.op == "add_relu":
+        other = rand(*r.shape).to(r.dtype).contiguous(memory_format=memory)
+        return selfcheck.block_end({**one, "identity": other})
+    return selfcheck.stem_pool(one) if r.op == "max_pool" else selfcheck.bn_relu(one)
+
+
+def _run(case: selfcheck.Case, tensors: dict[str, Tensor], dz: Tensor, route: str) -> None:
+    with functional.backend(route):
+        out = case.run(tensors)
+    torch.autograd.grad(out, [t for t in tensors.values() if t.requires_grad], dz)

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import fastres
 from fastres import functional
 from fastres._registry import MODELS
-from fastres.kernels import _tuned, folded_conv
+from fastres.kernels import folded_conv
 from fastres.kernels._triton import INTERPRET
 from tests.cases import Route
 from tests.parity import randomize
@@ -367,19 +367,6 @@ def test_operators_are_well_registered(randn):
         opcheck(folded_conv.folded_conv, args, test_utils=("test_schema", "test_faketensor"))
         want = y if other is None else y + other
         assert torch.allclose(folded_conv.folded_conv(*args), want.relu(), atol=1e-5)
-
-
-@pytest.mark.gpu
-def test_a_tuned_table_may_choose_cudnn_for_a_1x1(randn):
-    conv, norm = nn.Conv2d(64, 64, 1, device="cuda"), fastres.FusedBatchNorm2d(64, device="cuda").eval()
-    x = randn(8, 64, 16, 16, device="cuda", layout=LAST)
-    key = functional._inference.decide_folded.__globals__["_tuned_key"](x, 64)
-    for table, wanted in ((_tuned.EMPTY, "triton"), (_tuned.EMPTY._replace(routes={key: "aten"}), "cudnn")):
-        _tuned.reset(table)
-        with torch.no_grad(), functional.record_routes() as log:
-            functional.conv_bn_relu(x, conv, norm.fused()).tensor()
-        assert log[0].route == wanted
-    _tuned.reset()
 
 
 # ------------------------------------------------------------------------------------------------ the permanent copy

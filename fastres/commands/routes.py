@@ -10,6 +10,7 @@ that this machine does not have (with the stated defaults: a table tuned on that
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 from typing import Any
 
@@ -18,11 +19,17 @@ import torch
 from fastres._registry import MODELS
 from fastres.commands._text import columns
 from fastres.config import load_config
+from fastres.kernels import _tuned
 from fastres.routes import routes
 
 __all__ = ["add_arguments", "model_config", "run"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+_TYPES = dict(
+    resnet="ResNet", resnetv1c="ResNetV1c", resnetv1d="ResNetV1d", resnext="ResNeXt", seresnet="SEResNet"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,12 +59,13 @@ def model_config(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{args.config} has no `model` dict")
         config = config["model"]
     else:
-        depth = args.model.lower().removeprefix("resnet")
-        if not depth.isdigit():
+        kind = re.fullmatch(r"(resnet|resnetv1c|resnetv1d|resnext|seresnet)(\d+)", args.model.lower())
+        if not kind:
             raise ValueError(
-                f"--model is {args.model!r}; wanted resnet18, 34, 50, 101 or 152, or a config file"
+                f"--model is {args.model!r}; wanted resnet18, 34, 50, 101 or 152, one of resnetv1c, resnetv1d, resnext "
+                "and seresnet with a depth, or a config file"
             )
-        config = dict(type="ResNet", depth=int(depth))
+        config = dict(type=_TYPES[kind[1]], depth=int(kind[2]))
     if args.norm:
         backbone = config.get("backbone", config)
         backbone["norm_cfg"] = dict(type=args.norm)
@@ -78,9 +86,11 @@ def _capability(text: str | None) -> tuple[int, int] | None:
 def run(args: argparse.Namespace) -> int:
     config, capability = model_config(args), _capability(args.gpu)
     shape = (args.batch, args.channels, args.size, args.size)
-    found = routes(
-        lambda: MODELS.build(config), shape, DTYPES[args.dtype], not args.nchw, not args.infer, capability
-    )
+    table = _tuned.EMPTY if args.gpu else _tuned.active()
+    with _tuned.using(table):
+        found = routes(
+            lambda: MODELS.build(config), shape, DTYPES[args.dtype], not args.nchw, not args.infer, capability
+        )
     where = "CPU" if capability is None else f"a GPU of compute capability {capability[0]}.{capability[1]}"
     print(f"{'inference' if args.infer else 'training'} on {where}, input {list(shape)}, {args.dtype}")
     rows = []

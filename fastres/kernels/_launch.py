@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastres.kernels import _tuned
+
 __all__ = [
     "ELEMENTWISE",
     "REDUCTION",
@@ -21,7 +23,6 @@ __all__ = [
     "Cut",
     "Matrix",
     "Tile",
-    "TileKey",
     "cut",
     "default_tile",
     "dense",
@@ -30,7 +31,7 @@ __all__ = [
     "on",
     "partial_bytes",
     "shape_class",
-    "use_tiles",
+    "tile_key",
 ]
 
 
@@ -124,21 +125,9 @@ def same_layout(x: Tensor, m: Matrix) -> Tensor:
     return x
 
 
-TileKey = tuple[str, bool, int, int]  # elementwise or reduction, channels_last, classes of rows and columns
-
-
-class _Tuned:
-    tiles: dict[TileKey, Tile] | None = None
-
-
-def use_tiles(tiles: dict[TileKey, Tile] | None) -> None:
-    """Measured tiles by shape class; None: those of this GPU's table, read at the next launch."""
-    _Tuned.tiles = tiles
-
-
 def shape_class(m: Matrix) -> tuple[int, int]:
     """The powers of two that hold the rows and the columns."""
-    return (m.rows - 1).bit_length(), (m.cols - 1).bit_length()
+    return _tuned.log2(m.rows), _tuned.log2(m.cols)
 
 
 def default_tile(kind: str, m: Matrix) -> Tile:
@@ -147,14 +136,18 @@ def default_tile(kind: str, m: Matrix) -> Tile:
     return next((t for t in tiles if t.b1 >= m.cols), tiles[-1])
 
 
-def _pick(kind: str, m: Matrix) -> Tile:
-    if _Tuned.tiles is None:
-        from fastres.kernels import _tuned
+def tile_key(m: Matrix) -> _tuned.Key:
+    """Shape class of an elementwise pass or a reduction: channels_last, powers of two of rows and columns."""
+    return (int(m.nhwc), *shape_class(m))
 
-        _Tuned.tiles = _tuned.active().tiles
-    if _Tuned.tiles and (tile := _Tuned.tiles.get((kind, m.nhwc, *shape_class(m)))):
-        return tile
-    return default_tile(kind, m)
+
+_tuned.allow("elementwise", lambda key: ELEMENTWISE[bool(key[0])])
+_tuned.allow("reduction", lambda key: REDUCTION[bool(key[0])])
+
+
+def _pick(kind: str, m: Matrix) -> Tile:
+    default = default_tile(kind, m)
+    return _tuned.choose(kind, tile_key(m), default) if _tuned.chosen() else default
 
 
 def elementwise(m: Matrix) -> tuple[Tile, tuple[int, int]]:

@@ -17,7 +17,7 @@ from torch.library import Library
 
 from fastres.kernels._triton import INTERPRET
 
-__all__ = ["NAMESPACE", "TRAFFIC", "Traffic", "register"]
+__all__ = ["NAMESPACE", "REFERENCES", "TRAFFIC", "Traffic", "register"]
 
 NAMESPACE = "fastres"
 _LIBRARY = Library(NAMESPACE, "DEF")
@@ -34,6 +34,9 @@ class Traffic(NamedTuple):
 
 
 TRAFFIC: dict[str, Callable[..., Traffic]] = {}  # by operator name: arguments of a call -> its traffic
+REFERENCES: dict[
+    str, Callable[..., Any]
+] = {}  # by operator name: the plain-torch implementation, on any device
 
 
 def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,6 +98,7 @@ def register(
         traffic: from the operator's arguments, the bytes its kernels move; the byte meter adds them up.
     """
     name = schema.split("(", 1)[0]
+    REFERENCES[name] = reference
     if traffic is not None:
         TRAFFIC[name] = traffic
     triton = _contiguous_vectors(triton, schema)

@@ -39,6 +39,7 @@ from torch import Tensor
 from fastres import reference
 from fastres.kernels import _pointwise as fwd
 from fastres.kernels import _pointwise_backward as bwd
+from fastres.kernels import _tuned
 from fastres.kernels._launch import on
 from fastres.kernels._library import Traffic, register
 from fastres.kernels._merge import merge_sums
@@ -71,6 +72,7 @@ GEMM: dict[str, dict[bool, tuple[Gemm, ...]]] = {
 }
 for _table in GEMM.values():
     _table[False] = (Gemm(64, 64, 32, 4, 2),) * 2 + (_table[True][2],)
+_tuned.products(GEMM)
 FOLD = Gemm(16, 32, 32, 8, 2)
 # First-stage programs to aim at: two a multiprocessor of an H100 or H200, or one where every program makes a large
 # tile of sums, for those are written and read back.
@@ -78,9 +80,13 @@ _PROGRAMS, _PROGRAMS_LARGE = 264, 132
 
 
 def tile(kernel: str, x: Tensor, columns: int, *others: int) -> Gemm:
-    """The configuration of a product with this many result columns; ``others`` are the other channel counts."""
+    """The configuration of a product with this many result columns; ``others`` are the other channel counts.
+
+    The tuning table chooses among the tested ones; without it the first, or the second for more than 64 columns.
+    """
     odd = any(size % 16 for size in (columns, *others))
-    return GEMM[kernel][x.element_size() == 2][2 if odd else int(columns > 64)]
+    default = GEMM[kernel][x.element_size() == 2][2 if odd else int(columns > 64)]
+    return _tuned.product(kernel, x, columns, others[0], odd, default)
 
 
 def precision(x: Tensor) -> str:
