@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["BACKENDS", "MEMORY", "MOMENTS", "BatchNorm", "Choice", "assume_gpu", "backend", "choose", "decide",
-           "get_backend", "memory", "moments", "moments_pay", "recomputes", "record", "record_routes", "transformed"]  # fmt: skip
+           "get_backend", "memory", "moments", "moments_pay", "recomputes", "record", "record_routes",
+           "transformed"]  # fmt: skip
 
 BACKENDS = ("auto", "triton", "aten", "reference")
 MOMENTS = ("auto", "on", "off")

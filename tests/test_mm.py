@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from functools import partial
 from pathlib import Path
@@ -206,6 +207,40 @@ def test_what_only_mmdet_and_mmseg_have(scope):
     assert [y.shape[2] for y in strided(x)] == [16, 8, 8, 8]
     assert not net.bn1.training and not net.layer1[0].conv1.weight.requires_grad
     assert [block.conv2.dilation[0] for block in strided.layer4] == [1, 2, 4]
+
+
+def test_the_configs_of_the_documentation():
+    """Before and after, from the page: the same keys; mm's own class before where it is installed, ours after."""
+    page = Path(__file__).parent.parent / "docs" / "openmmlab.md"
+    blocks = re.findall(r"^```python\n# (before|after)\n(.*?)^```", page.read_text(), re.M | re.S)
+    configs: dict[str, list[dict[str, Any]]] = dict(before=[], after=[])
+    for when, code in blocks:
+        space: dict[str, Any] = {}
+        exec(code, space)
+        configs[when].append(space["model"]["backbone"] if "model" in space else space["backbone"])
+        assert "custom_hooks" not in space or space["custom_hooks"][0]["type"] == "fastres.FuseHook"
+    peer("mmpretrain.models")
+    registry = peer("mmengine.registry")
+    assert [len(of) for of in configs.values()] == [3, 3]
+    for scope, before, after in zip(("mmpretrain", "mmdet", "mmseg"), *configs.values(), strict=True):
+        assert before.keys() == after.keys() and after["type"] == f"fastres.{before['type']}"
+        pretrained = {
+            after.pop("init_cfg", {}).get("checkpoint"),
+            before.pop("init_cfg", {}).get("checkpoint"),
+        }
+        assert pretrained <= {None, "resnet50.pth", "torchvision://resnet50"}
+        with registry.DefaultScope.overwrite_default_scope(scope), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.disable(logging.WARNING)
+            try:
+                ours = registry.MODELS.build(after)
+            finally:
+                logging.disable(logging.NOTSET)
+        before.pop("contract_dilation", None)
+        theirs = registry.MODELS.build(
+            before | dict(type=f"mmpretrain.{before['type']}", norm_cfg=dict(type="BN"))
+        )
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
 
 
 def test_tools_that_change_norms():
