@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 INPUTS := setup.py pyproject.toml constraints.txt fastres/_version.py
 
-.PHONY: help demo test lint bench aot clean
+.PHONY: help demo test lint docs bench aot clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo   train a ResNet-18 on the digits, eager PyTorch beside fastres (about 3 minutes on two cores)"
 	@echo "make test   lint, types and all tests        ARGS='tests/test_x.py -k name' narrows the tests"
-	@echo "make lint   ruff and mypy alone"
+	@echo "make lint   ruff, mypy and the documentation alone"
+	@echo "make docs   the documentation site, into build/site"
 	@echo "make bench  eager against fastres on this machine's device"
 	@echo "make aot    what every kernel compiles to for sm_80, sm_90 and sm_100"
 	@echo "make clean  remove the environment and caches"
@@ -22,11 +23,16 @@ help:
 demo: $(VENV)/.ready-train
 	$(BIN)/python examples/train.py configs/resnet18_digits.py --compare $(ARGS)
 
+# Other people's packages may fail to install: then the tests beside them are skipped, and the next call tries again.
 test: $(VENV)/.ready-test
+	@[ -e $(VENV)/.ready-peers ] || { $(BIN)/python tests/set_up_peers.py && touch $(VENV)/.ready-peers; } || true
 	$(BIN)/python tests/run.py $(ARGS)
 
 lint: $(VENV)/.ready-test
 	$(BIN)/python tests/run.py --only lint
+
+docs: $(VENV)/.ready-test
+	$(BIN)/python -m mkdocs build --strict --site-dir build/site
 
 bench: $(VENV)/.ready-test
 	$(BIN)/python -m pytest benchmarks $(ARGS)
@@ -54,6 +60,7 @@ $(VENV)/.ready-train: $(INPUTS)
 
 $(VENV)/.ready-test: $(INPUTS)
 	$(call install,test)
+	@rm -f $(VENV)/.ready-peers
 	@touch $@ $(VENV)/.ready-train
 
 clean:

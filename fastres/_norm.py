@@ -37,9 +37,15 @@ def _zeros(weight: Tensor) -> Tensor:
 
 
 class FusedNorm(_BatchNorm):
-    """What the fused norms share; ``relu`` applies a ReLU to the result in the same pass."""
+    """What the fused norms share; ``relu`` applies a ReLU to the result in the same pass.
+
+    ``skip_nonfinite_stats`` keeps the running statistics finite: a batch that would make one of them NaN or infinite,
+    as a step that a loss scaler will skip does, leaves all of them and ``num_batches_tracked`` as they were. The
+    result of the layer and its gradients are the same either way. Both may be set on a norm at any time.
+    """
 
     relu: bool = False
+    skip_nonfinite_stats: bool = False
 
     def group(self) -> ProcessGroup | None:
         """The process group over which a training step's statistics are merged, or None."""
@@ -62,6 +68,7 @@ class FusedNorm(_BatchNorm):
             self.eps,
             training=self.training or self.running_mean is None,
             group=self.group(),
+            skip_nonfinite=self.skip_nonfinite_stats,
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -75,8 +82,9 @@ class FusedNorm(_BatchNorm):
         )
 
     def extra_repr(self) -> str:
-        """torch's, and ``relu=True`` where it is."""
-        return super().extra_repr() + (", relu=True" if self.relu else "")
+        """torch's, and which of the options are on."""
+        options = [name for name in ("relu", "skip_nonfinite_stats") if getattr(self, name)]
+        return ", ".join([super().extra_repr(), *(f"{name}=True" for name in options)])
 
 
 @NORM_LAYERS.register_module("FusedBN")
@@ -87,6 +95,13 @@ class FusedBatchNorm2d(FusedNorm, nn.BatchNorm2d, _BatchNorm):  # mm* match init
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as ``torch.nn.BatchNorm2d``; further
             keywords too, where the installed torch has them (``bias``).
         relu: apply ReLU to the result in the same pass.
+        skip_nonfinite_stats: a batch whose statistics are NaN or infinite does not enter the running ones; off, it
+            does, as in torch.
+
+    Example:
+        >>> norm = FusedBatchNorm2d(3, relu=True)
+        >>> norm(torch.randn(2, 3, 4, 4)).min().item()
+        0.0
     """
 
     def __init__(
@@ -100,10 +115,11 @@ class FusedBatchNorm2d(FusedNorm, nn.BatchNorm2d, _BatchNorm):  # mm* match init
         dtype: Any = None,
         *,
         relu: bool = False,
+        skip_nonfinite_stats: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
-        self.relu = relu
+        self.relu, self.skip_nonfinite_stats = relu, skip_nonfinite_stats
 
 
 @NORM_LAYERS.register_module("FusedSyncBN")
@@ -118,6 +134,8 @@ class FusedSyncBatchNorm(FusedNorm, nn.SyncBatchNorm, _BatchNorm):
         num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype: as
             ``torch.nn.SyncBatchNorm``; further keywords too, where the installed torch has them (``bias``).
         relu: apply ReLU to the result in the same pass.
+        skip_nonfinite_stats: a batch whose statistics are NaN or infinite does not enter the running ones; off, it
+            does, as in torch.
     """
 
     def __init__(
@@ -132,12 +150,13 @@ class FusedSyncBatchNorm(FusedNorm, nn.SyncBatchNorm, _BatchNorm):
         dtype: Any = None,
         *,
         relu: bool = False,
+        skip_nonfinite_stats: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, **kwargs
         )
-        self.relu = relu
+        self.relu, self.skip_nonfinite_stats = relu, skip_nonfinite_stats
 
     def group(self) -> ProcessGroup | None:
         """The process group over which a training step's statistics are merged, or None."""
@@ -187,6 +206,7 @@ def _synchronised(norm: nn.BatchNorm2d | nn.SyncBatchNorm, process_group: Any) -
         track_running_stats=False,
         process_group=group,
         relu=getattr(norm, "relu", False),
+        skip_nonfinite_stats=getattr(norm, "skip_nonfinite_stats", False),
     )
     new.affine, new.track_running_stats = norm.affine, norm.track_running_stats
     new.weight, new.bias = norm.weight, norm.bias

@@ -269,6 +269,11 @@ def build_norm_layer(
             does not take the keys.
         KeyError: no ``type``, or an unknown one.
         AssertionError: ``postfix`` is neither int nor str, or ``num_groups`` is missing for ``GN``.
+
+    Example:
+        >>> name, layer = build_norm_layer(dict(type="GN", num_groups=4), 64, postfix=1)
+        >>> name, layer.num_groups, layer.eps
+        ('gn1', 4, 1e-05)
     """
     where = "build_norm_layer"
     label, layer_class, kwargs = _take_type(where, cfg, NORM_LAYERS)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "MEMORY", "MOMENTS", "BatchNorm", "Choice", "assume_gpu", "backend", "choose", "decide",
            "decide_folded", "folding", "get_backend", "get_folding", "memory", "moments", "moments_pay", "recomputes",
-           "record", "record_routes"]  # fmt: skip
+           "record", "record_routes", "transformed"]  # fmt: skip
 
 BACKENDS = ("auto", "triton", "aten", "reference")
 MOMENTS = ("auto", "on", "off")
@@ -54,7 +54,8 @@ class BatchNorm(NamedTuple):
 
     Vectors are [C]. ``training`` selects batch statistics; the running statistics, where given, are then updated with
     ``momentum`` (None: cumulative average over ``num_batches_tracked``). Without ``training`` they are what is used.
-    ``group`` merges the statistics over a process group.
+    ``group`` merges the statistics over a process group. With ``skip_nonfinite`` a batch that would make a running
+    statistic NaN or infinite leaves the running statistics, and the count, as they were.
     """
 
     weight: Tensor | None
@@ -66,6 +67,7 @@ class BatchNorm(NamedTuple):
     eps: float
     training: bool
     group: ProcessGroup | None = None
+    skip_nonfinite: bool = False
 
 
 class Choice(NamedTuple):
@@ -197,8 +199,15 @@ def record_routes() -> Iterator[list[Choice]]:
         _Setting.log = before
 
 
+def transformed() -> bool:
+    """Whether this runs inside a transform of ``torch.func`` (vmap, grad, jvp ...)."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _obstacle(x: Tensor, others: tuple[Tensor, ...]) -> str:
     """Why the fused operators cannot serve these activations; empty where they can."""
+    if transformed():
+        return "the fused operators have no rules for the transforms of torch.func (vmap, grad, jvp ...)"
     if not dense(x):
         return "input is neither contiguous NCHW nor channels_last"
     memory = like(x, matrix(x))

@@ -161,6 +161,13 @@ def fuse_(model: nn.Module) -> FuseReport:
         TypeError: not a module.
 
     A forward hook that wants the output of a norm inside a fused block makes that block run its own forward.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        >>> fuse_(model)
+        fuse_(Sequential): 1 modules fused, 0 left, 1 norms replaced
+               modules  class       parts, or why not
+        fused  (model)  Sequential  0+1+2
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse_: model is {type(model).__name__}; wanted an nn.Module")

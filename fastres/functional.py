@@ -36,6 +36,7 @@ from fastres._routing import (
     recomputes,
     record,
     record_routes,
+    transformed,
 )
 from fastres.kernels import batch_norm as bn_ops
 from fastres.kernels import block_end as moment_form
@@ -309,20 +310,37 @@ def _untracked(bn: BatchNorm) -> BatchNorm:
 
 
 def _tracking(bn: BatchNorm) -> tuple[BatchNorm, float]:
-    """The momentum to use, and the norm without running statistics where they must not be updated."""
-    if not bn.training or bn.running_mean is None:
+    """The momentum to use, and the norm with the running statistics to update: its own, copies that ``_count`` still
+    has to look at, or none where they must not be updated.
+    """
+    if not bn.training or bn.running_mean is None or bn.running_var is None:
         return bn, 0.0
     if _recomputing():
         return _untracked(bn), 0.0
-    if bn.momentum is not None:
-        return bn, bn.momentum
-    return bn, 1.0 / (float(bn.num_batches_tracked) + 1) if bn.num_batches_tracked is not None else 0.0
+    momentum = bn.momentum
+    if momentum is None:
+        momentum = 1.0 / (float(bn.num_batches_tracked) + 1) if bn.num_batches_tracked is not None else 0.0
+    if bn.skip_nonfinite:
+        bn = bn._replace(running_mean=bn.running_mean.clone(), running_var=bn.running_var.clone())
+    return bn, momentum
 
 
-def _count(bn: BatchNorm) -> None:
-    """Count the batch of a norm that ``_tracking`` gave; after its statistics, for they may raise."""
-    if bn.training and bn.running_mean is not None and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
+def _count(bn: BatchNorm, tracked: BatchNorm) -> None:
+    """Count the batch of a norm of which ``_tracking`` made ``tracked``; after its statistics, for they may raise.
+
+    With ``skip_nonfinite`` the updated copies become the running statistics here if every one of them is finite. All
+    of it happens on the device: nothing waits for it.
+    """
+    if not bn.training or tracked.running_mean is None or tracked.running_var is None:
+        return
+    seen: Tensor | int = 1
+    if bn.skip_nonfinite and bn.running_mean is not None and bn.running_var is not None:
+        with torch.no_grad():
+            seen = tracked.running_mean.isfinite().all() & tracked.running_var.isfinite().all()
+            bn.running_mean.copy_(torch.where(seen, tracked.running_mean, bn.running_mean))
+            bn.running_var.copy_(torch.where(seen, tracked.running_var, bn.running_var))
+    if bn.num_batches_tracked is not None and tracked.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(seen)
 
 
 class _Moments(NamedTuple):
@@ -339,22 +357,25 @@ def _moments(y: Tensor, bn: BatchNorm) -> _Moments:
     if not bn.training:
         assert bn.running_mean is not None and bn.running_var is not None
         return _Moments(bn.running_mean, bn.running_var, None, None)
-    bn, momentum = _tracking(bn)
+    tracked, momentum = _tracking(bn)
+    running_mean, running_var = tracked.running_mean, tracked.running_var
     if bn.group is None:
-        mean, var = bn_ops.batch_norm_stats(y.detach(), bn.running_mean, bn.running_var, momentum)
-        _count(bn)
+        mean, var = bn_ops.batch_norm_stats(y.detach(), running_mean, running_var, momentum)
+        _count(bn, tracked)
         return _Moments(mean, var, None, None)
     mean, var = bn_ops.batch_norm_stats(y.detach(), None, None, 0.0)
-    return _merged(mean, var, y, bn, momentum)
+    return _merged(mean, var, y, bn, tracked, momentum)
 
 
-def _merged(mean: Tensor, var: Tensor, y: Tensor, bn: BatchNorm, momentum: float) -> _Moments:
+def _merged(
+    mean: Tensor, var: Tensor, y: Tensor, bn: BatchNorm, tracked: BatchNorm, momentum: float
+) -> _Moments:  # fmt: skip
     """This rank's statistics of y to those of the norm's group; updates the running ones."""
     assert bn.group is not None
     values = y.numel() // max(y.shape[1], 1)
     mean, var, count = merge_over_group(mean, var, values, bn.group.group_name)
-    update_running(bn.running_mean, bn.running_var, mean, var, count, momentum)
-    _count(bn)
+    update_running(tracked.running_mean, tracked.running_var, mean, var, count, momentum)
+    _count(bn, tracked)
     return _Moments(mean, var, count, bn.group.group_name)
 
 
@@ -365,7 +386,7 @@ def _aten_batch_norm(y: Tensor, bn: BatchNorm) -> Tensor:
         # Recomputed under checkpointing: ATen saves these for backward, and as many tensors must be saved as before.
         mean, var = bn.running_mean.clone(), bn.running_var.clone()
     z = F.batch_norm(y, mean, var, bn.weight, bn.bias, bn.training, momentum, bn.eps)
-    _count(tracked)
+    _count(bn, tracked)
     return z
 
 
@@ -461,6 +482,8 @@ def _operand(p: Pending) -> Tensor | str:
     """The tensor that the moment form of a pending convolution would read, or why there is none."""
     if p._y is not None:
         return "the convolution has been evaluated"
+    if transformed():
+        return "inside a transform of torch.func"
     source = p.x.out if isinstance(p.x, Linked) else p.x
     if isinstance(source, Pending):
         source = source.tensor() if source._z is not None or not source.relu else source.raw()
@@ -501,17 +524,20 @@ def _start(branch: Pending, identity: Tensor | Pending | Linked) -> Tensor | Non
     if isinstance(identity, Pending):
         assert isinstance(identity.conv, nn.Conv2d)
         stride = identity.conv.stride[0]
-    bn, momentum = _tracking(root.once())
+    bn = root.once()
+    tracked, momentum = _tracking(bn)
     grouped = bn.training and bn.group is not None
-    running = (None, None, 0.0) if grouped or not bn.training else (bn.running_mean, bn.running_var, momentum)
+    running: tuple[Tensor | None, Tensor | None, float] = (None, None, 0.0)
+    if bn.training and not grouped:
+        running = tracked.running_mean, tracked.running_var, momentum
     y, mean, var = start_conv(x.detach(), conv.weight.detach(), bn.training, *running)
     if not bn.training:
         s = _moments(y, bn)
     elif grouped:
-        s = _merged(mean, var, y, bn, momentum)
+        s = _merged(mean, var, y, bn, tracked, momentum)
     else:
         s = _Moments(mean, var, None, None)
-        _count(bn)
+        _count(bn, tracked)
     root._moments, root._raw = s, y
     root._z, read = block_start(
         x, conv.weight, bn.weight, bn.bias, y, s.mean, s.var, s.values, bits,
@@ -550,9 +576,9 @@ def _branch(p: Pending, x: Tensor, read: Tensor | None = None) -> moment_form.Br
 
 
 def _fold(b: moment_form.Branch, bn: BatchNorm) -> moment_form.Folded:
-    bn, momentum = _tracking(bn)
-    folded = moment_form.fold_branch(b, bn.running_mean, bn.running_var, momentum)
-    _count(bn)
+    tracked, momentum = _tracking(bn)
+    folded = moment_form.fold_branch(b, tracked.running_mean, tracked.running_var, momentum)
+    _count(bn, tracked)
     return folded
 
 

@@ -126,6 +126,12 @@ class ResNet(BaseModule):
         KeyError: unknown depth. TypeError: unknown arguments, with the near matches.
         AssertionError: num_stages, strides, dilations, out_indices or frozen_stages out of range.
         ValueError: ``dcn`` or ``plugins`` (mmdet), which are not supported.
+
+    Example:
+        >>> import torch
+        >>> net = ResNet(depth=18, out_indices=(1, 3), frozen_stages=1).eval()
+        >>> [list(y.shape) for y in net(torch.randn(1, 3, 64, 64))]
+        [[1, 128, 8, 8], [1, 512, 2, 2]]
     """
 
     arch_settings: dict[int, tuple[type[nn.Module], tuple[int, ...]]] = {

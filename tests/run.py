@@ -1,11 +1,12 @@
 """Run lint, types and every test phase, then print one table; exit 1 if any phase failed.
 
     python tests/run.py                          everything
-    python tests/run.py --only lint              ruff and mypy
+    python tests/run.py --only lint              ruff, mypy and the documentation
     python tests/run.py --only interpret -k relu one phase, the rest is passed to pytest
 
-The tests need three processes: Triton decides when a kernel is decorated whether it will be interpreted
-(TRITON_INTERPRET=1) or compiled, so kernels in the interpreter and ahead-of-time compiles exclude each other.
+The tests need four processes: Triton decides when a kernel is decorated whether it will be interpreted
+(TRITON_INTERPRET=1) or compiled, so kernels in the interpreter and ahead-of-time compiles exclude each other; and other
+people's packages (tests/set_up_peers.py) are on the path of the phase ``peers`` alone.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import NamedTuple
 
+from set_up_peers import FOLDER
+
 ROOT = Path(__file__).resolve().parent.parent
 LINT = {
     "ruff check": ["ruff", "check", "."],
     "ruff format": ["ruff", "format", "--check", "."],
     "mypy": ["mypy"],
+    "docs": ["mkdocs", "build", "--strict", "--quiet", "--site-dir", "build/site"],
 }
 PHASES = {
-    "torch": "not interpret and not aot",
+    "torch": "not interpret and not aot and not peers",
+    "peers": "peers",
     "interpret": "interpret",
     "aot": "aot",
 }
@@ -74,6 +79,8 @@ def run_phase(name: str, expression: str, extra: list[str]) -> Result:
     env.pop("TRITON_INTERPRET", None)
     if name == "interpret":
         env["TRITON_INTERPRET"] = "1"
+    if name == "peers":
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FOLDER), env.get("PYTHONPATH")]))
     print(f"\n== pytest {name}", flush=True)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -156,12 +156,14 @@ def both_ways(theirs: nn.Module, ours: nn.Module, format: str, back: nn.Module) 
         torch.testing.assert_close(got, theirs(x), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("depth", [18, 50])
 def test_torchvision(depth):
     make = getattr(peer("torchvision.models"), f"resnet{depth}")
     both_ways(make(num_classes=7), classifier(depth), "torchvision", make(num_classes=7))
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("name, kind, depth", [("resnet50", "ResNet", 50), ("resnet18d", "ResNetV1d", 18)])
 def test_timm(name, kind, depth):
     timm = peer("timm")
@@ -169,6 +171,7 @@ def test_timm(name, kind, depth):
     both_ways(make(name, num_classes=7), classifier(depth, kind), "timm", make(name, num_classes=7))
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("options", [{}, dict(deep_stem=True, avg_down=True)])
 def test_mmpretrain(options):
     models = peer("mmpretrain.models")

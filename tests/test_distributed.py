@@ -155,6 +155,27 @@ def groups(rank: int, world: int) -> dict[str, Any]:
     return dict(y=norm(x), mean=norm.running_mean, var=norm.running_var)
 
 
+def skipped(rank: int, world: int) -> dict[str, Any]:
+    """One rank's batch overflows; with the option no rank's running statistics move, on any form."""
+    answer = {}
+    for moments in ("on", "off"):
+        model = stage()
+        for norm in model.modules():
+            if isinstance(norm, fastres.FusedSyncBatchNorm):
+                norm.skip_nonfinite_stats = True
+        before = {name: b.clone() for name, b in model.named_buffers()}
+        x = stage_data(0, 2)[0].float().contiguous(memory_format=torch.channels_last)
+        with fastres.backend("reference"), fastres.functional.moments(moments):
+            model(x * float("inf") if rank == 1 else x)
+            answer[f"{moments}: kept"] = all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+            model(x)
+            moved = [
+                not torch.equal(b, before[n]) and bool(b.isfinite().all()) for n, b in model.named_buffers()
+            ]
+            answer[f"{moments}: moved"] = all(moved)
+    return answer
+
+
 def collectives(rank: int, world: int) -> dict[str, Any]:
     """How many collectives a step of one layer takes."""
     from torch.distributed import _functional_collectives as functional
@@ -222,7 +243,7 @@ def fused_peer(rank: int, world: int) -> dict[str, Any]:
     return out
 
 
-QUESTIONS = [uneven, moment_form, groups, collectives, ddp, fsdp, fused_peer]
+QUESTIONS = [uneven, moment_form, skipped, groups, collectives, ddp, fsdp, fused_peer]
 
 
 def worker(rank: int, world: int, folder: str) -> None:
@@ -316,6 +337,11 @@ def test_one_collective_each_way(world):
     assert all(answers["collectives"]["calls"] == ["forward", "backward"] for answers in world)
 
 
+def test_a_batch_that_is_not_finite_can_be_kept_out_on_every_rank(world):
+    for answers in world:
+        assert len(answers["skipped"]) == 4 and all(answers["skipped"].values()), answers["skipped"]
+
+
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_data_parallel_training_is_one_process(world, how):
     size = len(world)
@@ -349,6 +375,45 @@ def test_fused_and_synchronised_in_either_order(world):
     for order in ("fuse first", "synchronise first"):
         got = torch.cat([answers["fused_peer"][order] for answers in world])
         assert_close64(order, got, eager, want)
+
+
+def nccl(rank: int, world: int, folder: str) -> None:
+    torch.cuda.set_device(rank)
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("nccl", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    model = nn.parallel.DistributedDataParallel(First(net()).cuda(), device_ids=[rank])
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    for step in range(2):
+        x, dy = (part(t, (2,) * world, rank).cuda() for t in data(step, 2 * world))
+        ((model(x) * dy).sum() * world).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save({name: t.cpu() for name, t in model.module.state_dict().items()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL between ranks needs two GPUs")
+def test_nccl(tmp_path: Path):
+    """torch's own DDP with synchronised norms on two GPUs, against one process on the joined batch."""
+    torch.multiprocessing.spawn(nccl, (2, str(tmp_path)), 2)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        model = First(net("BN")).to(dtype).cuda()
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        for step in range(2):
+            x, dy = (t.float().to(dtype).cuda() for t in data(step, 4))
+            (model(x) * dy).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model.state_dict())
+    for rank in range(2):
+        for name, got in torch.load(tmp_path / f"{rank}.pt").items():
+            want, eager = (state[name] for state in results)
+            if got.is_floating_point():
+                assert_close64(f"rank {rank}: {name}", got, eager, want)
+            else:
+                assert torch.equal(got, want.cpu())
 
 
 def test_a_killed_rank_is_an_error(tmp_path: Path):

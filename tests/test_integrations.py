@@ -18,6 +18,8 @@ from fastres.integrations import timm as fastres_timm
 from tests.parity import assert_parity, randomize, steps
 from tests.peers import peer
 
+pytestmark = pytest.mark.peers
+
 
 def made(package: str, name: str, **options) -> nn.Module:
     module = peer(

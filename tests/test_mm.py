@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import fastres
 from tests.peers import peer
+
+pytestmark = pytest.mark.peers
 
 
 def model_config(kind: str) -> dict[str, Any]:
@@ -46,24 +49,15 @@ class Pictures(torch.utils.data.Dataset):
         )
 
 
-def amp_wrapper() -> str:
-    """mmengine's AmpOptimWrapper refuses the CPU; there its one line, an autocast around the step, is added here."""
-    if torch.cuda.is_available():
-        return "AmpOptimWrapper"
-    base: Any = peer("mmengine.optim").OptimWrapper
-
-    class CpuAmpOptimWrapper(base):
-        def __init__(self, dtype: str, **options: Any) -> None:
-            super().__init__(**options)
-            self.dtype = getattr(torch, dtype)
-
-        @contextmanager
-        def optim_context(self, model: nn.Module):
-            with super().optim_context(model), torch.autocast("cpu", self.dtype):
-                yield
-
-    peer("mmengine.registry").OPTIM_WRAPPERS.register_module(module=CpuAmpOptimWrapper, force=True)
-    return CpuAmpOptimWrapper.__name__
+@pytest.fixture(autouse=True)
+def amp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mmengine's AmpOptimWrapper asks for a GPU and then works without one: here it is told that there is one, and its
+    loss scaler is torch's for the CPU."""
+    if not torch.cuda.is_available():
+        peer("mmengine.optim")
+        module = peer("mmengine.optim.optimizer.amp_optimizer_wrapper")
+        monkeypatch.setattr(module, "is_cuda_available", lambda: True)
+        monkeypatch.setattr(module, "GradScaler", partial(torch.amp.GradScaler, "cpu"))
 
 
 def run(folder: Path, model: dict[str, Any], epochs: int = 1, **options: Any) -> Any:
@@ -88,7 +82,7 @@ def run(folder: Path, model: dict[str, Any], epochs: int = 1, **options: Any) ->
             ),
             train_cfg=dict(by_epoch=True, max_epochs=epochs),
             optim_wrapper=dict(
-                type=amp_wrapper(), dtype="bfloat16",
+                type="AmpOptimWrapper", dtype="bfloat16",
                 optimizer=dict(type="SGD", lr=0.01, momentum=0.9, weight_decay=1e-4),
                 paramwise_cfg=dict(norm_decay_mult=0.0),
             ),
@@ -123,6 +117,8 @@ def test_configs_resolve_and_train(tmp_path, kind):
     norms = {type(m) for m in model.modules() if isinstance(m, _BatchNorm)}
     assert norms == {nn.BatchNorm2d if kind == "backbone" else fastres.FusedBatchNorm2d}
     assert int(model.backbone.bn1.num_batches_tracked) == 2
+    assert type(runner.optim_wrapper).__name__ == "AmpOptimWrapper"
+    assert runner.optim_wrapper.loss_scaler.get_scale() == 65536, "losses were scaled, and no step skipped"
     text = next(tmp_path.glob("*/*.log")).read_text()
     assert "Epoch(train) [1][2/2]" in text and "loss:" in text
     assert (tmp_path / "epoch_1.pth").is_file()
@@ -169,10 +165,87 @@ def test_every_default_scope(scope):
     assert type(net) is fastres.ResNet
 
 
+def test_precise_bn_and_the_same_numbers_with_one_string_changed(tmp_path):
+    """The statistics that mmpretrain's PreciseBNHook measures after training, ours beside mmpretrain's own."""
+    states = {}
+    for kind in ("both", "neither"):
+        runner = run(
+            tmp_path / kind, model_config(kind), custom_hooks=[dict(type="PreciseBNHook", num_samples=8)],
+            optim_wrapper=dict(optimizer=dict(type="SGD", lr=0.01, momentum=0.9)), randomness=dict(seed=3),
+        )  # fmt: skip
+        assert "20 BN found, run 2 iters" in next((tmp_path / kind).glob("*/*.log")).read_text()
+        model = inner(runner.model)
+        states[kind] = model.state_dict()
+        assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, _BatchNorm))
+    ours, theirs = states["both"], states["neither"]
+    assert ours.keys() == theirs.keys()
+    for name, want in theirs.items():
+        torch.testing.assert_close(ours[name], want, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("scope", ["mmdet", "mmseg"])
+def test_what_only_mmdet_and_mmseg_have(scope):
+    """Their backbone configs with the one string changed; what is not supported is refused by name."""
+    registry = peer("mmengine.registry")
+    common = dict(type="fastres.ResNet", depth=50, base_channels=8, stem_channels=8, out_indices=(0, 1, 2, 3))
+    common |= dict(norm_cfg=dict(type="fastres.FusedBN", requires_grad=True), norm_eval=True, style="pytorch")
+    common |= dict(frozen_stages=1, init_cfg=dict(type="Pretrained", checkpoint="torchvision://resnet50"))
+    dilated = dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), contract_dilation=True, multi_grid=(1, 2, 4))
+    with registry.DefaultScope.overwrite_default_scope(scope), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            net = registry.MODELS.build(common)
+            strided = registry.MODELS.build(common | dilated)
+            for option in (dict(dcn=dict(type="DCN")), dict(plugins=[dict(cfg=dict(type="GCB"))])):
+                with pytest.raises(ValueError, match=f"{next(iter(option))} is .*not supported"):
+                    registry.MODELS.build(common | option)
+        finally:
+            logging.disable(logging.NOTSET)
+    x = torch.randn(2, 3, 64, 64)
+    assert [y.shape[2] for y in net.train()(x)] == [16, 8, 4, 2]
+    assert [y.shape[2] for y in strided(x)] == [16, 8, 8, 8]
+    assert not net.bn1.training and not net.layer1[0].conv1.weight.requires_grad
+    assert [block.conv2.dilation[0] for block in strided.layer4] == [1, 2, 4]
+
+
+def test_the_configs_of_the_documentation():
+    """Before and after, from the page: the same keys; mm's own class before where it is installed, ours after."""
+    page = Path(__file__).parent.parent / "docs" / "openmmlab.md"
+    blocks = re.findall(r"^```python\n# (before|after)\n(.*?)^```", page.read_text(), re.M | re.S)
+    configs: dict[str, list[dict[str, Any]]] = dict(before=[], after=[])
+    for when, code in blocks:
+        space: dict[str, Any] = {}
+        exec(code, space)
+        configs[when].append(space["model"]["backbone"] if "model" in space else space["backbone"])
+        assert "custom_hooks" not in space or space["custom_hooks"][0]["type"] == "fastres.FuseHook"
+    peer("mmpretrain.models")
+    registry = peer("mmengine.registry")
+    assert [len(of) for of in configs.values()] == [3, 3]
+    for scope, before, after in zip(("mmpretrain", "mmdet", "mmseg"), *configs.values(), strict=True):
+        assert before.keys() == after.keys() and after["type"] == f"fastres.{before['type']}"
+        pretrained = {
+            after.pop("init_cfg", {}).get("checkpoint"),
+            before.pop("init_cfg", {}).get("checkpoint"),
+        }
+        assert pretrained <= {None, "resnet50.pth", "torchvision://resnet50"}
+        with registry.DefaultScope.overwrite_default_scope(scope), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.disable(logging.WARNING)
+            try:
+                ours = registry.MODELS.build(after)
+            finally:
+                logging.disable(logging.NOTSET)
+        before.pop("contract_dilation", None)
+        theirs = registry.MODELS.build(
+            before | dict(type=f"mmpretrain.{before['type']}", norm_cfg=dict(type="BN"))
+        )
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
 def test_tools_that_change_norms():
-    """revert_sync_batchnorm, fuse_conv_bn and PreciseBN look at types; a net goes on being right after them."""
-    wrappers, precise = peer("mmengine.model"), peer("mmengine.hooks")
-    assert precise
+    """revert_sync_batchnorm and fuse_conv_bn look at types; a net goes on being right after them."""
+    wrappers = peer("mmengine.model")
     net = fastres.ResNet(18, base_channels=8, stem_channels=8, norm_cfg=dict(type="FusedSyncBN")).eval()
     x = torch.randn(2, 3, 32, 32)
     want = net(x)[0]

@@ -36,6 +36,7 @@ from fastres.registry import (
     build_norm_layer,
     infer_abbr,
 )
+from tests.peers import peer
 
 ROOT = Path(__file__).resolve().parent.parent
 ELEVEN = {
@@ -517,14 +518,6 @@ def test_build_activation_layer():
 # ------------------------------------------------------------------------------------------------------------- mmengine
 
 
-def mmengine_reason() -> str | None:
-    try:
-        import mmengine.registry  # noqa: F401
-    except Exception as error:
-        return f"mmengine is not importable: {type(error).__name__}: {error}"
-    return None
-
-
 def python(code: str) -> list[str]:
     """Lines printed by a process of its own: what counts is which module was imported first."""
     done = subprocess.run(
@@ -573,11 +566,7 @@ def test_a_broken_mmengine_does_not_break_us(monkeypatch, recwarn, in_use):
 @pytest.fixture
 def mm():
     """mmengine's root of models, with fastres' child in it as it was before."""
-    reason = mmengine_reason()
-    if reason:
-        pytest.skip(reason)
-    from mmengine.registry import MODELS as root
-
+    root = peer("mmengine.registry").MODELS
     child = registry.register_into_mmengine()
     before = dict(child.module_dict)
     yield root
@@ -585,6 +574,7 @@ def mm():
     child.module_dict.update(before)
 
 
+@pytest.mark.peers
 def test_one_child_and_no_second(mm):
     child = mm.children["fastres"]
     assert registry.register_into_mmengine() is child is registry.register_into_mmengine()
@@ -593,6 +583,7 @@ def test_one_child_and_no_second(mm):
         assert table.module_dict.items() <= child.module_dict.items()
 
 
+@pytest.mark.peers
 def test_mmengine_sees_what_is_registered_later(mm, restored):
     NORM_LAYERS.register_module("LateNorm", module=Scale)
     assert mm.get("fastres.LateNorm") is Scale
@@ -608,6 +599,7 @@ def test_mmengine_sees_what_is_registered_later(mm, restored):
     assert mm.get("fastres.LateNorm") is nn.Linear and NORM_LAYERS.get("LateNorm") is Scale
 
 
+@pytest.mark.peers
 def test_names_without_scope_stay_those_of_mm(mm, restored):
     from mmengine.registry import DefaultScope
     from mmengine.registry import Registry as MMRegistry
@@ -636,7 +628,7 @@ def test_names_without_scope_stay_those_of_mm(mm, restored):
         )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("mmengine") is None, reason="mmengine is not installed")
+@pytest.mark.peers
 @pytest.mark.parametrize(
     "first",
     [
@@ -647,6 +639,7 @@ def test_names_without_scope_stay_those_of_mm(mm, restored):
 )
 def test_mmengine_finds_us_whatever_was_imported_first(first):
     """No custom_imports: mmengine imports fastres.registry itself, and then the modules that register."""
+    peer("mmengine.registry")
     out = python(f"""
         {first}
         from mmengine.registry import MODELS, DefaultScope

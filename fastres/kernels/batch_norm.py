@@ -251,7 +251,7 @@ batch_norm_reduce = register(
 )
 batch_norm_backward = register(
     "batch_norm_backward(Tensor dz, Tensor y, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps,"
-    " bool relu, Tensor? keep, Tensor? s1, Tensor? s2, float scale) -> Tensor",
+    " bool relu, Tensor? keep, Tensor? s1, Tensor? s2, Scalar scale) -> Tensor",
     reference=reference.batch_norm_backward,
     triton=_backward,
     fake=lambda dz, y, *rest: torch.empty_like(y),

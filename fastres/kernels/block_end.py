@@ -71,9 +71,7 @@ class Branch(NamedTuple):
 
     @property
     def options(self) -> _Options:
-        return _Options(
-            self.eps, self.batch, self.stride, self.rows, self.group, self.eps0, self.batch0, self.group0
-        )
+        return _Options(self.eps, self.batch, self.stride, self.group, self.eps0, self.batch0, self.group0)
 
     @property
     def prologue(self) -> tuple[Any, ...]:
@@ -81,12 +79,11 @@ class Branch(NamedTuple):
 
 
 class _Options(NamedTuple):
-    """What of a branch is no tensor."""
+    """What of a branch is no tensor. Nothing here may depend on the batch: torch.compile passes it as constants."""
 
     eps: float
     batch: bool
     stride: int
-    rows: int
     group: str | None
     eps0: float
     batch0: bool
@@ -174,11 +171,12 @@ class _BlockEnd(torch.autograd.Function):
         local1 = _local(sums[:mine], weight, one, first)
         local2 = None if second is None else _local(sums[mine:], weight2, two, second)
         totals1, totals2 = _reduced(local1, one, first, local2, two, second)
-        dw, dgamma, dbeta, b, shift = _matrices(sums[:mine], weight, gamma, one, first, x, totals1)
+        rows = dout.shape[0] * dout.shape[2] * dout.shape[3]
+        dw, dgamma, dbeta, b, shift = _matrices(sums[:mine], weight, gamma, one, first, x, totals1, rows)
         other: tuple[Any, ...] = (None,) * 4
         if second is not None:
             dw2, dgamma2, dbeta2, b2, shift2 = _matrices(
-                sums[mine:], weight2, gamma2, two, second, x, totals2
+                sums[mine:], weight2, gamma2, two, second, x, totals2, rows
             )
             if need[7]:
                 other = (two.wf, x2, b2, shift2)
@@ -257,8 +255,8 @@ def _reduced(
 
 
 def _matrices(
-    sums: Tensor, weight: Tensor, gamma: Tensor | None, f: Folded, o: _Options, like: Tensor, totals: _Sums
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    sums: Tensor, weight: Tensor, gamma: Tensor | None, f: Folded, o: _Options, like: Tensor, totals: _Sums, rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """dW, dgamma, dbeta of one branch from its sums, and B and c of its dz (None with running statistics)."""
     dbeta = sums[weight.numel() :]
     if totals is None:
@@ -266,14 +264,14 @@ def _matrices(
             sums, weight, f.wcov, f.anchor, f.mu, f.mean, f.var, gamma, o.eps, o.batch
         )
     else:
-        dw, dgamma, dvar, adb = _over_ranks(sums, weight, gamma, f, o, totals)
-    b, shift = ops.correction(weight, dvar, adb, f.mu, like, o.rows) if o.batch else (None, None)
+        dw, dgamma, dvar, adb = _over_ranks(sums, weight, gamma, f, o, totals, rows)
+    b, shift = ops.correction(weight, dvar, adb, f.mu, like, rows) if o.batch else (None, None)
     return dw, dgamma, dbeta, b, shift
 
 
 def _over_ranks(
-    sums: Tensor, weight: Tensor, gamma: Tensor | None, f: Folded, o: _Options, totals: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sums: Tensor, weight: Tensor, gamma: Tensor | None, f: Folded, o: _Options, totals: tuple[Tensor, ...], rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """``weight_gradient`` where statistics were merged over a group. With G = sum g / M and X = sum g xhat / M over all
     ranks, M_l pixels on this one, and d as in ``_local``,
 
@@ -285,8 +283,8 @@ def _over_ranks(
     sum_g, dgamma = local
     rstd = torch.rsqrt(f.var + o.eps)
     scale = torch.ones_like(rstd) if gamma is None else gamma.to(rstd.dtype)
-    dvar = -0.5 * o.rows * totals[1] * scale * rstd**2
-    q = scale * rstd * o.rows * totals[0] - 2 * dvar * f.drift
+    dvar = -0.5 * rows * totals[1] * scale * rstd**2
+    q = scale * rstd * rows * totals[0] - 2 * dvar * f.drift
     dw = (scale * rstd).unsqueeze(1) * _centred(sums, weight, f) + (2 * dvar).unsqueeze(1) * f.wcov
     dw += torch.outer(scale * rstd * sum_g - q, f.mu)
     return dw.view(weight.shape).to(weight.dtype), dgamma, dvar, q

@@ -209,7 +209,7 @@ start_conv = register(
 )
 dgrad = register(
     "block_start_dgrad(Tensor dz, Tensor y, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps,"
-    " Tensor? s1, Tensor? s2, float scale, Tensor weight, Tensor? did, Tensor? bits, Tensor x, int stride)"
+    " Tensor? s1, Tensor? s2, Scalar scale, Tensor weight, Tensor? did, Tensor? bits, Tensor x, int stride)"
     " -> (Tensor, Tensor)",
     reference=reference.block_start_dgrad,
     triton=_dgrad,

@@ -383,7 +383,7 @@ moments = register(
 )
 fold = register(
     "pointwise_fold(Tensor weight, Tensor like, Tensor? mu, Tensor? cov, Tensor? gamma, Tensor? beta, float eps,"
-    " Tensor? mean, Tensor? var, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, int count)"
+    " Tensor? mean, Tensor? var, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, SymInt count)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.pointwise_fold,
     triton=_fold,
@@ -416,7 +416,7 @@ weight_gradient = register(
     fake=_fake_weight,
 )
 correction = register(
-    "pointwise_correction(Tensor weight, Tensor dvar, Tensor adb, Tensor mu, Tensor like, int count)"
+    "pointwise_correction(Tensor weight, Tensor dvar, Tensor adb, Tensor mu, Tensor like, SymInt count)"
     " -> (Tensor, Tensor)",
     reference=reference.pointwise_correction,
     triton=_correction,

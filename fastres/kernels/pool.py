@@ -244,7 +244,7 @@ pool_reduce = register(
 )
 pool_backward = register(
     "bn_relu_max_pool_backward(Tensor dout, Tensor taps, Tensor y, Tensor mean, Tensor var, Tensor? gamma,"
-    " Tensor? beta, float eps, Tensor? s1, Tensor? s2, float scale) -> Tensor",
+    " Tensor? beta, float eps, Tensor? s1, Tensor? s2, Scalar scale) -> Tensor",
     reference=reference.max_pool_backward,
     triton=_pool_backward,
     fake=lambda dout, taps, y, *rest: torch.empty_like(y),

@@ -310,8 +310,8 @@ end_reduce = register(
 )
 end_pair_backward = register(
     "bn_add_bn_relu_backward(Tensor dout, Tensor bits, Tensor y, Tensor mean, Tensor var, Tensor? gamma, float eps,"
-    " Tensor? s1, Tensor? s2, float scale, Tensor x, Tensor mean2, Tensor var2, Tensor? gamma2, float eps2, Tensor? s3,"
-    " Tensor? s4, float scale2, Tensor? keep) -> (Tensor, Tensor)",
+    " Tensor? s1, Tensor? s2, Scalar scale, Tensor x, Tensor mean2, Tensor var2, Tensor? gamma2, float eps2,"
+    " Tensor? s3, Tensor? s4, Scalar scale2, Tensor? keep) -> (Tensor, Tensor)",
     reference=reference.bn_add_bn_relu_backward,
     triton=_end_pair_backward,
     fake=lambda dout, bits, y, *rest: (torch.empty_like(y), torch.empty_like(rest[7])),
