@@ -4,9 +4,10 @@
     python tests/run.py --only lint              ruff, mypy and the documentation
     python tests/run.py --only interpret -k relu one phase, the rest is passed to pytest
 
-The tests need four processes: Triton decides when a kernel is decorated whether it will be interpreted
-(TRITON_INTERPRET=1) or compiled, so kernels in the interpreter and ahead-of-time compiles exclude each other; and other
-people's packages (tests/set_up_peers.py) are on the path of the phase ``peers`` alone.
+The tests need several processes: Triton decides when a kernel is decorated whether it will be interpreted
+(TRITON_INTERPRET=1) or compiled, so kernels in the interpreter and ahead-of-time compiles exclude each other; other
+people's packages (tests/set_up_peers.py) are on the path of the phase ``peers`` alone; and the last phase compiles with
+another version of Triton, which is put in a folder of its own beside the environment's packages.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,11 +33,16 @@ LINT = {
     "mypy": ["mypy"],
     "docs": ["mkdocs", "build", "--strict", "--quiet", "--site-dir", "build/site"],
 }
+OTHER_TRITON = (
+    "3.6.0"  # the oldest that every launch configuration is compiled with; the newest is the pinned one
+)
+OTHER_PHASE = f"aot-{OTHER_TRITON}"
 PHASES = {
     "torch": "not interpret and not aot and not peers",
     "peers": "peers",
     "interpret": "interpret",
     "aot": "aot",
+    OTHER_PHASE: "aot",
 }
 NO_TESTS = 5  # pytest's exit code when nothing was collected
 
@@ -74,6 +81,22 @@ def workers() -> list[str]:
     return ["-n", str(cores), "--dist", "worksteal"]
 
 
+def other_triton() -> Path | str:
+    """Folder of the second Triton, made when it is first asked for; or why there is none."""
+    folder = Path(sys.prefix, f"triton-{OTHER_TRITON}")
+    if folder.exists():
+        return folder
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(unfinished)]
+    done = subprocess.run([*command, f"triton=={OTHER_TRITON}"], capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
+        return f"triton {OTHER_TRITON} could not be installed: {said[-1]}"
+    unfinished.rename(folder)
+    return folder
+
+
 def run_phase(name: str, expression: str, extra: list[str]) -> Result:
     env = dict(os.environ)
     env.pop("TRITON_INTERPRET", None)
@@ -83,6 +106,13 @@ def run_phase(name: str, expression: str, extra: list[str]) -> Result:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FOLDER), env.get("PYTHONPATH")]))
     print(f"\n== pytest {name}", flush=True)
     start = time.perf_counter()
+    if name == OTHER_PHASE:
+        folder = other_triton()
+        if isinstance(folder, str):
+            print(f"skipped: {folder}")
+            return Result(name, True, time.perf_counter() - start, {"passed": 0, "failed": 0, "skipped": 1})
+        paths = [str(folder), *filter(None, [env.get("PYTHONPATH")])]
+        env |= {"PYTHONPATH": os.pathsep.join(paths), "AOT_TRITON": OTHER_TRITON}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         options = ["-q", "-m", expression, f"--junitxml={report}", "--durations=8", "--durations-min=2"]
@@ -104,7 +134,10 @@ def main() -> int:
     if args.only == "lint" or (args.only is None and not extra):
         results += [run_lint(name, command) for name, command in LINT.items()]
     results += [
-        run_phase(name, expression, extra) for name, expression in PHASES.items() if args.only in (None, name)
+        run_phase(name, expression, extra)
+        for name, expression in PHASES.items()
+        # A narrowed run is for a quick answer: it compiles with the other version only when asked to.
+        if args.only == name or (args.only is None and not (extra and name == OTHER_PHASE))
     ]
 
     print("\n" + "=" * 72)

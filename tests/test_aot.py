@@ -1,8 +1,13 @@
-"""Every configuration that can be chosen compiles for sm_80, sm_90 and sm_100, and keeps its promises there."""
+"""Every configuration that can be chosen compiles for sm_80, sm_90 and sm_100, and keeps its promises there.
+
+AOT_TRITON names the version of Triton that must be the imported one, where it is not the installed one: then all is
+compiled for sm_90, and a sample for the others (``aot.work``).
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
 from collections import Counter
 
 import pytest
@@ -13,7 +18,8 @@ from tests import aot
 
 COMPILES = HAS_TRITON and not INTERPRET
 FAMILIES = aot.families()
-WORK = list(aot.work(FAMILIES)) if COMPILES else []
+OTHER = os.environ.get("AOT_TRITON", "")
+WORK = list(aot.work(FAMILIES, sample=bool(OTHER))) if COMPILES else []
 
 pytestmark = pytest.mark.aot
 
@@ -24,6 +30,17 @@ pytestmark = pytest.mark.aot
 def test_configuration(family, index, arch):
     case = aot.cases(family)[index]
     assert aot.faults(case, aot.compile_case(case, arch), arch) == []
+
+
+def test_the_version_is_the_one_asked_for():
+    assert OTHER in ("", triton.__version__)
+
+
+def test_a_sample_has_all_of_sm_90_and_every_product():
+    everything, sample = (set(aot.work(FAMILIES, sample=s)) for s in (False, True))
+    left = everything - sample
+    assert left and not any(a == 90 or "num_stages" in aot.cases(f)[i].options for f, i, a in left)
+    assert {(f, a) for f, _, a in sample} == {(f, a) for f, _, a in everything}
 
 
 def test_every_kernel_is_compiled():

@@ -275,10 +275,10 @@ def test_cut_covers_every_row_once() -> None:
 
 # Several parts with a partial last one; more parts than one tile of the second stage holds.
 PARTS = [
-    (LAST, (3, 16, 11, 11), 3),
+    (LAST, (3, 16, 11, 11), 6),
     (LAST, (5, 17, 7, 7), 4),
     (LAST, (3, 65, 7, 5), 4),
-    (LAST, (13, 2, 18, 18), 33),
+    (LAST, (13, 2, 13, 13), 35),
     (NCHW, (70, 2, 8, 8), 3),
     (NCHW, (50, 2, 10, 10), 3),
     (NCHW, (5, 2, 33, 33), 3),

@@ -323,6 +323,27 @@ def test_only_what_is_asked(route: str, wanted: str) -> None:
     assert_close64(wanted, g, g, ref)
 
 
+@routes
+def test_the_anchor_does_not_matter(route: str) -> None:
+    """Every gradient is about the mean of z, whatever s the sums were taken about."""
+    with on(route) as device, poison():
+        x = torch.randn(3, 8, 5, 4, device=device).contiguous(memory_format=LAST)
+        dout = torch.randn(3, 16, 5, 4, device=device).contiguous(memory_format=LAST)
+        weight, front = torch.randn(16, 8, 1, 1, device=device), family.Prologue()
+        mu, cov, _ = family.moments(x, *front, 1)
+        _, _, mean, var, wcov = family.fold(
+            weight, x, mu, cov, None, None, 1e-5, None, None, None, None, 0.0, 60
+        )
+        found = []
+        for anchor in (mu, torch.zeros_like(mu), torch.randn_like(mu)):
+            sums, _ = family.p_sums(dout, None, x, *front, anchor, None, 1)
+            rest = (wcov, anchor, mu, mean, var, None, 1e-5, True)
+            found.append(family.weight_gradient(sums, weight, *rest))
+    for values in found[1:]:
+        for name, value, first in zip(("dW", "dgamma", "dvar", "a dbeta"), values, found[0], strict=True):
+            assert_close64(name, value, first, first.double(), scale=60.0)
+
+
 # ------------------------------------------------------------------------------------------- where it applies
 
 

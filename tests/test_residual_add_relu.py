@@ -344,7 +344,7 @@ def test_tiles(
 @pytest.mark.parametrize(
     ("layout", "shape", "parts"),
     [
-        (LAST, (3, 16, 11, 11), 3),
+        (LAST, (3, 16, 11, 11), 6),
         (LAST, (3, 65, 7, 5), 4),
         (NCHW, (70, 2, 8, 8), 3),
         (NCHW, (5, 2, 33, 33), 3),
