@@ -11,6 +11,8 @@ Routes:
 for and cannot serve raises; nothing is rerouted silently, and ``record_routes`` shows what was chosen and why. On the
 fused routes ``moments("on" | "off" | "auto")`` or FASTRES_MOMENTS says whether a block ends in the moment form of its
 last convolution (``kernels/fused_conv_bn_relu.py``); auto asks the byte and flop model of ``moments_pay``.
+``conv3x3("cudnn" | "triton")`` or FASTRES_CONV3X3 says, there too, what runs 3x3 convolutions: the library that PyTorch
+calls, or ``kernels/conv3x3.py``.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ from fastres.kernels._triton import HAS_TRITON, INTERPRET, TRITON_ERROR
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["BACKENDS", "MOMENTS", "BatchNorm", "Choice", "assume_gpu", "backend", "choose", "decide", "get_backend",
-           "moments", "moments_pay", "record", "record_routes"]  # fmt: skip
+__all__ = ["BACKENDS", "CONV3X3", "MOMENTS", "BatchNorm", "Choice", "assume_gpu", "backend", "choose", "conv3x3",
+           "decide", "get_backend", "moments", "moments_pay", "own_conv3x3", "record", "record_routes"]  # fmt: skip
 
 BACKENDS = ("auto", "triton", "aten", "reference")
 MOMENTS = ("auto", "on", "off")
+CONV3X3 = ("cudnn", "triton")
 
 
 class BatchNorm(NamedTuple):
@@ -79,6 +82,9 @@ class _Setting:
 
     backend: str = _known(os.environ.get("FASTRES_BACKEND", "").lower() or "auto", "FASTRES_BACKEND")
     moments: str = _known(os.environ.get("FASTRES_MOMENTS", "").lower() or "auto", "FASTRES_MOMENTS", MOMENTS)
+    conv3x3: str = _known(
+        os.environ.get("FASTRES_CONV3X3", "").lower() or "cudnn", "FASTRES_CONV3X3", CONV3X3
+    )
     log: list[Choice] | None = None
     assumed: tuple[int, int] | None = None
 
@@ -106,6 +112,22 @@ def moments(mode: str) -> Iterator[None]:
         yield
     finally:
         _Setting.moments = before
+
+
+@contextmanager
+def conv3x3(mode: str) -> Iterator[None]:
+    """What runs 3x3 convolutions on the fused routes: ``cudnn`` (whatever PyTorch calls; the default, for nothing was
+    measured) or ``triton``, this package's own kernels, wherever they apply."""
+    before, _Setting.conv3x3 = _Setting.conv3x3, _known(mode, "conv3x3", CONV3X3)
+    try:
+        yield
+    finally:
+        _Setting.conv3x3 = before
+
+
+def own_conv3x3() -> bool:
+    """Whether this package's own 3x3 kernels were asked for."""
+    return _Setting.conv3x3 == "triton"
 
 
 # What the model below charges: an H200's copy bandwidth and the share of its matrix peak that a good kernel reaches.

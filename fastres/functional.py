@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastres._convolution import own_geometry
 from fastres._routing import (
     BACKENDS,
     BatchNorm,
@@ -24,15 +25,18 @@ from fastres._routing import (
     assume_gpu,
     backend,
     choose,
+    conv3x3,
     decide,
     get_backend,
     moments,
     moments_pay,
+    own_conv3x3,
     record,
     record_routes,
 )
 from fastres.kernels import batch_norm as bn_ops
 from fastres.kernels import block_end as moment_form
+from fastres.kernels import conv3x3 as conv_ops
 from fastres.kernels import pool as pool_ops
 from fastres.kernels import residual_add_relu as end_ops
 from fastres.kernels._check import check_activation, check_aten, check_like, check_vector, fail
@@ -48,6 +52,7 @@ __all__ = [
     "assume_gpu",
     "backend",
     "batch_norm",
+    "conv3x3",
     "conv_bn",
     "conv_bn_relu",
     "get_backend",
@@ -67,32 +72,38 @@ class Pending:
     Each part is evaluated at most once, so the running statistics are updated once however many consumers there are.
     """
 
-    __slots__ = ("_moments", "_tracked", "_y", "_z", "bn", "conv", "relu", "x")
+    __slots__ = ("_moments", "_partial", "_tracked", "_y", "_z", "bn", "conv", "relu", "x")
 
     def __init__(self, x: Tensor | Pending, conv: nn.Module, bn: BatchNorm, relu: bool) -> None:
         self.x, self.conv, self.bn, self.relu = x, conv, bn, relu
         self._y: Tensor | None = None
         self._z: Tensor | None = None
         self._moments: _Moments | None = None
+        self._partial: conv_ops.Partial | None = None  # of the statistics, where the convolution made them
         self._tracked = False
 
     def raw(self) -> Tensor:
         """The convolution's output, before the norm."""
         if self._y is None:
-            self._y = self.conv(materialize(self.x))
+            own = _conv3x3(self)
+            self._y, self._partial = (self.conv(materialize(self.x)), None) if own is None else own
         return self._y
 
     def tensor(self) -> Tensor:
         """The activation itself."""
         if self._z is None:
             y, s = self.raw(), self._moments
+            if s is None and self._partial is not None:
+                _check_bn("batch_norm", y, self.bn)
+                s = self.moments()
             self._z = batch_norm(y, self.once(), self.relu) if s is None else _apply(y, self.bn, s, self.relu)
         return self._z
 
     def moments(self) -> _Moments:
         """The norm's statistics, for a consumer that applies the norm itself (fused routes)."""
         if self._moments is None:
-            self._moments = _moments(self.raw(), self.once())
+            y = self.raw()
+            self._moments = _moments(y, self.once(), self._partial)
         return self._moments
 
     def once(self) -> BatchNorm:
@@ -183,17 +194,26 @@ class _Moments(NamedTuple):
     group: str | None
 
 
-def _moments(y: Tensor, bn: BatchNorm) -> _Moments:
+def _statistics(
+    y: Tensor, partial: conv_ops.Partial | None, mean: Tensor | None, var: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of y, from a pass over it or from what its convolution made; updates the running ones."""
+    if partial is None:
+        return bn_ops.batch_norm_stats(y.detach(), mean, var, momentum)
+    return conv_ops.statistics(partial.values, mean, var, momentum, partial.chunk, partial.total)
+
+
+def _moments(y: Tensor, bn: BatchNorm, partial: conv_ops.Partial | None = None) -> _Moments:
     """Batch statistics (updating the running ones) or the running statistics themselves."""
     if not bn.training:
         assert bn.running_mean is not None and bn.running_var is not None
         return _Moments(bn.running_mean, bn.running_var, None, None)
     bn, momentum = _tracking(bn)
     if bn.group is None:
-        mean, var = bn_ops.batch_norm_stats(y.detach(), bn.running_mean, bn.running_var, momentum)
+        mean, var = _statistics(y, partial, bn.running_mean, bn.running_var, momentum)
         _count(bn)
         return _Moments(mean, var, None, None)
-    mean, var = bn_ops.batch_norm_stats(y.detach(), None, None, 0.0)
+    mean, var = _statistics(y, partial, None, None, 0.0)
     mean, var, count = merge_over_group(mean, var, y, bn.group.group_name)
     if bn.running_mean is not None and bn.running_var is not None:
         with torch.no_grad():
@@ -243,6 +263,37 @@ def _apply(y: Tensor, bn: BatchNorm, s: _Moments, relu: bool) -> Tensor:
     return bn_ops.batch_norm_act(
         y, s.mean, s.var, bn.weight, bn.bias, bn.eps, relu, bn.training, s.values, s.group
     )
+
+
+# -------------------------------------------------------------------------------------------------- convolution
+
+
+def _conv3x3(p: Pending) -> tuple[Tensor, conv_ops.Partial | None] | None:
+    """The 3x3 convolution of a pending input by this package's kernels, where they were asked for and serve: the output
+    and its partial statistics. The input's norm and ReLU are applied while loading."""
+    if not own_conv3x3() or getattr(p.conv, "kernel_size", None) != (3, 3):
+        return None
+    front = p.x if isinstance(p.x, Pending) and p.x.relu and p.x._z is None else None
+    if front is not None and front.bn.group is not None and front.bn.training:
+        front = None  # its gradient needs sums over the group between the two halves of a backward
+    x = materialize(p.x) if front is None else front.raw()
+    if x.dim() != 4 or not x.numel() or not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    geometry = own_geometry(p.conv, x)
+    if geometry is None:
+        return None
+    route, reason = decide("conv3x3", x, (), (p.bn,))
+    if route == "aten":
+        return None
+    prologue = conv_ops.Prologue()
+    if front is not None:
+        _check_bn("batch_norm", x, front.bn)
+        s, bn = front.moments(), front.bn
+        prologue = conv_ops.Prologue(s.mean, s.var, bn.weight, bn.bias, bn.eps, True)
+    record("conv3x3", x, route, f"{reason}; own 3x3 kernels", (p.bn,))
+    assert isinstance(p.conv, nn.Conv2d)
+    batch = front is not None and front.bn.training
+    return conv_ops.conv3x3(x, p.conv.weight, geometry, prologue, batch, p.bn.training)
 
 
 # --------------------------------------------------------------------------------------------------- block end
