@@ -145,11 +145,25 @@ def test_norms(route: Route, norms: str) -> None:
     compare(route, problem((2, 5, 5, 6), 6, **NORMS[norms]))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("weights", [NCHW, LAST], ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("dy", ["other", "expanded", "strided"])
+@pytest.mark.parametrize("dy", ["dense", "other", "expanded", "strided"])
 @routes()
-def test_layouts_of_weights_and_gradients(route: Route, dy: str, weights: torch.memory_format) -> None:
-    compare(route, problem((2, 5, 4, 7), 6, weights=weights), dy=dy)
+def test_layouts_of_weights_and_gradients(
+    route: Route, dy: str, weights: torch.memory_format, stride: int
+) -> None:
+    """The convolution alone, so that its own gradient comes in these strides."""
+
+    def ours(a: Acts, _: Norms) -> Tensor:
+        return family.conv3x3(a["y"], a["w"], family.Geometry(stride, 1, 1), family.Prologue(), False, False)[
+            0
+        ]
+
+    def plain(a: Acts, _: Norms, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+        return F.conv2d(a["y"], a["w"], None, stride, 1), torch.ones(1)
+
+    acts = {"y": activation((2, 5, 4, 7), layout=LAST), "w": activation((6, 5, 3, 3), layout=weights)}
+    compare(route, Problem(ours, plain, acts, {}), dy=dy)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])

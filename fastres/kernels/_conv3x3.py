@@ -71,21 +71,16 @@ def forward3x3_kernel(
     base = (((image * H + h) * W + w) * C)[:, None]
     k0, i, j = 0, 0, 0
     acc = tl.zeros((BM, BN), tl.float32)
-    if ACT:  # the activated tile is carried, as in _pointwise.product
-        z = tap_tile(x_ptr, base, bits, k0, i, j, W, C, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, DIL, ACT, AFFINE,
-                     BK)  # fmt: skip
-    for _ in range(0, 9 * tl.cdiv(C, BK)):
+    z = tap_tile(x_ptr, base, bits, k0, i, j, W, C, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, DIL, ACT, AFFINE,
+                 BK)  # fmt: skip
+    for _ in range(0, 9 * tl.cdiv(C, BK)):  # the tile is carried, as in _pointwise.product
         k = k0 + tl.arange(0, BK)
         weight = tl.load(w_ptr + n[:, None] * (9 * C) + (3 * i + j) * C + k[None, :],
                          mask=ok_n[:, None] & (k < C)[None, :], other=0.0)  # fmt: skip
-        if not ACT:
-            z = tap_tile(x_ptr, base, bits, k0, i, j, W, C, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, DIL, ACT,
-                         AFFINE, BK)  # fmt: skip
         acc = J.dot(z, tl.trans(weight), acc, PREC)
-        k0, i, j = next_step(k0, i, j, C, 3, BK)
-        if ACT:  # after the last step the tap is (3, 0), which no row has
-            z = tap_tile(x_ptr, base, bits, k0, i, j, W, C, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, DIL, ACT,
-                         AFFINE, BK)  # fmt: skip
+        k0, i, j = next_step(k0, i, j, C, 3, BK)  # after the last step to tap (3, 0), which no row has
+        z = tap_tile(x_ptr, base, bits, k0, i, j, W, C, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, DIL, ACT, AFFINE,
+                     BK)  # fmt: skip
     live = (rows < M)[:, None]
     y = J.round_to(acc, y_ptr.dtype.element_ty)
     tl.store(y_ptr + rows.to(tl.int64)[:, None] * N + n[None, :], y, mask=live & ok_n[None, :])
