@@ -17,6 +17,8 @@ measured a shape class (``kernels/_tuned.py``), auto takes the faster of the rou
 Where no gradient is wanted and a norm uses running statistics it is folded into its convolution
 (``kernels/folded_conv.py``), which has routes of its own: onednn, cudnn, triton and folded (PyTorch's convolution).
 ``folding("off")`` or FASTRES_FOLDING=off leaves norms unfolded.
+``conv3x3("cudnn" | "triton")`` or FASTRES_CONV3X3 says what runs 3x3 convolutions: the library that PyTorch
+calls, or ``kernels/conv3x3.py``.
 """
 
 from __future__ import annotations
@@ -38,14 +40,15 @@ from fastres.kernels.folded_conv import cudnn_obstacle, onednn_obstacle
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["BACKENDS", "MEMORY", "MOMENTS", "BatchNorm", "Choice", "assume_gpu", "backend", "choose", "decide",
-           "decide_folded", "folding", "get_backend", "get_folding", "memory", "moments", "moments_pay", "recomputes",
-           "record", "record_routes", "transformed"]  # fmt: skip
+__all__ = ["BACKENDS", "CONV3X3", "MEMORY", "MOMENTS", "BatchNorm", "Choice", "assume_gpu", "backend", "choose",
+           "conv3x3", "decide", "decide_folded", "folding", "get_backend", "get_folding", "memory", "moments",
+           "moments_pay", "own_conv3x3", "recomputes", "record", "record_routes", "transformed"]  # fmt: skip
 
 BACKENDS = ("auto", "triton", "aten", "reference")
 MOMENTS = ("auto", "on", "off")
 MEMORY = ("save", "recompute")
 FOLDING = ("auto", "off")
+CONV3X3 = ("cudnn", "triton")
 _TUNED = ("batch_norm", "add_relu", "max_pool")  # operations whose route the tuning table may choose
 
 
@@ -95,6 +98,9 @@ class _Setting:
     moments: str = _known(os.environ.get("FASTRES_MOMENTS", "").lower() or "auto", "FASTRES_MOMENTS", MOMENTS)
     memory: str = _known(os.environ.get("FASTRES_MEMORY", "").lower() or "save", "FASTRES_MEMORY", MEMORY)
     folding: str = _known(os.environ.get("FASTRES_FOLDING", "").lower() or "auto", "FASTRES_FOLDING", FOLDING)
+    conv3x3: str = _known(
+        os.environ.get("FASTRES_CONV3X3", "").lower() or "cudnn", "FASTRES_CONV3X3", CONV3X3
+    )
     log: list[Choice] | None = None
     assumed: tuple[int, int] | None = None
 
@@ -153,6 +159,22 @@ def folding(mode: str) -> Iterator[None]:
         yield
     finally:
         _Setting.folding = before
+
+
+@contextmanager
+def conv3x3(mode: str) -> Iterator[None]:
+    """What runs 3x3 convolutions on the fused routes: ``cudnn`` (whatever PyTorch calls; the default, for nothing was
+    measured) or ``triton``, this package's own kernels, wherever they apply."""
+    before, _Setting.conv3x3 = _Setting.conv3x3, _known(mode, "conv3x3", CONV3X3)
+    try:
+        yield
+    finally:
+        _Setting.conv3x3 = before
+
+
+def own_conv3x3() -> bool:
+    """Whether this package's own 3x3 kernels were asked for."""
+    return _Setting.conv3x3 == "triton"
 
 
 # What the model below charges: an H200's copy bandwidth and the share of its matrix peak that a good kernel reaches.

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres import _folding, _inference
+from fastres._convolution import own_geometry
 from fastres._inference import inference_layout
 from fastres._routing import (
     BACKENDS,
@@ -26,6 +27,7 @@ from fastres._routing import (
     assume_gpu,
     backend,
     choose,
+    conv3x3,
     decide,
     folding,
     get_backend,
@@ -33,6 +35,7 @@ from fastres._routing import (
     memory,
     moments,
     moments_pay,
+    own_conv3x3,
     recomputes,
     record,
     record_routes,
@@ -40,6 +43,7 @@ from fastres._routing import (
 )
 from fastres.kernels import batch_norm as bn_ops
 from fastres.kernels import block_end as moment_form
+from fastres.kernels import conv3x3 as conv_ops
 from fastres.kernels import pool as pool_ops
 from fastres.kernels import residual_add_relu as end_ops
 from fastres.kernels._check import check_activation, check_aten, check_like, check_vector, fail
@@ -58,6 +62,7 @@ __all__ = [
     "assume_gpu",
     "backend",
     "batch_norm",
+    "conv3x3",
     "conv_bn",
     "conv_bn_relu",
     "folding",
@@ -81,7 +86,7 @@ class Pending:
     Each part is evaluated at most once, so the running statistics are updated once however many consumers there are.
     """
 
-    __slots__ = ("_moments", "_raw", "_tracked", "_y", "_z", "bn", "conv", "relu", "x")
+    __slots__ = ("_moments", "_partial", "_raw", "_tracked", "_y", "_z", "bn", "conv", "relu", "x")
 
     def __init__(self, x: Tensor | Pending | Linked, conv: nn.Module, bn: BatchNorm, relu: bool) -> None:
         self.x, self.conv, self.bn, self.relu = x, conv, bn, relu
@@ -90,6 +95,7 @@ class Pending:
         # What _z was made of, where that is at hand without a gradient of its own.
         self._raw: Tensor | None = None
         self._moments: _Moments | None = None
+        self._partial: conv_ops.Partial | None = None  # of the statistics, where the convolution made them
         self._tracked = False
         if not torch.compiler.is_compiling() and (
             bn.training or torch.is_grad_enabled() and _wants(*_own(conv))
@@ -99,8 +105,10 @@ class Pending:
     def raw(self) -> Tensor:
         """The convolution's output, before the norm."""
         if self._y is None:
-            x, conv = self.x, self.conv
-            if isinstance(x, Pending) and x._raw is not None and recomputes() and _plain_conv(conv):
+            x, conv, own = self.x, self.conv, _conv3x3(self)
+            if own is not None:
+                self._y, self._partial = own
+            elif isinstance(x, Pending) and x._raw is not None and recomputes() and _plain_conv(conv):
                 self._y = _conv_keeping_raw(x, conv)
             else:
                 self._y = conv(materialize(x))
@@ -114,6 +122,9 @@ class Pending:
                 self._z = folded
                 return folded
             y, s = self.raw(), self._moments
+            if s is None and self._partial is not None:
+                _check_bn("batch_norm", y, self.bn)
+                s = self.moments()
             if s is not None:
                 self._z = _apply(y, self.bn, s, self.relu)
             else:
@@ -123,7 +134,8 @@ class Pending:
     def moments(self) -> _Moments:
         """The norm's statistics, for a consumer that applies the norm itself (fused routes)."""
         if self._moments is None:
-            self._moments = _moments(self.raw(), self.once())
+            y = self.raw()
+            self._moments = _moments(y, self.once(), self._partial)
         return self._moments
 
     def once(self) -> BatchNorm:
@@ -352,7 +364,16 @@ class _Moments(NamedTuple):
     group: str | None
 
 
-def _moments(y: Tensor, bn: BatchNorm) -> _Moments:
+def _statistics(
+    y: Tensor, partial: conv_ops.Partial | None, mean: Tensor | None, var: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of y, from a pass over it or from what its convolution made; updates the running ones."""
+    if partial is None:
+        return bn_ops.batch_norm_stats(y.detach(), mean, var, momentum)
+    return conv_ops.statistics(partial.values, mean, var, momentum, partial.chunk, partial.total)
+
+
+def _moments(y: Tensor, bn: BatchNorm, partial: conv_ops.Partial | None = None) -> _Moments:
     """Batch statistics (updating the running ones) or the running statistics themselves."""
     if not bn.training:
         assert bn.running_mean is not None and bn.running_var is not None
@@ -360,10 +381,10 @@ def _moments(y: Tensor, bn: BatchNorm) -> _Moments:
     tracked, momentum = _tracking(bn)
     running_mean, running_var = tracked.running_mean, tracked.running_var
     if bn.group is None:
-        mean, var = bn_ops.batch_norm_stats(y.detach(), running_mean, running_var, momentum)
+        mean, var = _statistics(y, partial, running_mean, running_var, momentum)
         _count(bn, tracked)
         return _Moments(mean, var, None, None)
-    mean, var = bn_ops.batch_norm_stats(y.detach(), None, None, 0.0)
+    mean, var = _statistics(y, partial, None, None, 0.0)
     return _merged(mean, var, y, bn, tracked, momentum)
 
 
@@ -422,6 +443,37 @@ def _apply(y: Tensor, bn: BatchNorm, s: _Moments, relu: bool) -> Tensor:
     return bn_ops.batch_norm_act(
         y, s.mean, s.var, bn.weight, bn.bias, bn.eps, relu, bn.training, s.values, s.group
     )
+
+
+# -------------------------------------------------------------------------------------------------- convolution
+
+
+def _conv3x3(p: Pending) -> tuple[Tensor, conv_ops.Partial | None] | None:
+    """The 3x3 convolution of a pending input by this package's kernels, where they were asked for and serve: the output
+    and its partial statistics. The input's norm and ReLU are applied while loading."""
+    if not own_conv3x3() or getattr(p.conv, "kernel_size", None) != (3, 3):
+        return None
+    front = p.x if isinstance(p.x, Pending) and p.x.relu and p.x._z is None else None
+    if front is not None and front.bn.group is not None and front.bn.training:
+        front = None  # its gradient needs sums over the group between the two halves of a backward
+    x = materialize(p.x) if front is None else front.raw()
+    if x.dim() != 4 or not x.numel() or not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    geometry = own_geometry(p.conv, x)
+    if geometry is None:
+        return None
+    route, reason = decide("conv3x3", x, (), (p.bn,))
+    if route == "aten":
+        return None
+    prologue = conv_ops.Prologue()
+    if front is not None:
+        _check_bn("batch_norm", x, front.bn)
+        s, bn = front.moments(), front.bn
+        prologue = conv_ops.Prologue(s.mean, s.var, bn.weight, bn.bias, bn.eps, True)
+    record("conv3x3", x, route, f"{reason}; own 3x3 kernels", (p.bn,))
+    assert isinstance(p.conv, nn.Conv2d)
+    batch = front is not None and front.bn.training
+    return conv_ops.conv3x3(x, p.conv.weight, geometry, prologue, batch, p.bn.training)
 
 
 # --------------------------------------------------------------------------------------------------- block end
@@ -506,6 +558,8 @@ def _start(branch: Pending, identity: Tensor | Pending | Linked) -> Tensor | Non
         root = root.x
     conv, source = root.conv, identity.x if isinstance(identity, Pending) else identity
     if root is branch or root.x is not source or not root.relu or root._y is not None or root._z is not None:
+        return None
+    if own_conv3x3():  # which applies the first norm itself
         return None
     x, bits = (source.out, source.bits) if isinstance(source, Linked) else (source, None)
     if not (torch.is_grad_enabled() and x.requires_grad) or isinstance(_operand(root), str):

@@ -242,11 +242,13 @@ def compare(
     margin: float = 1e-4,
     cancels: bool = False,
     finite: bool = True,
+    chained: bool = False,
 ) -> dict[str, Tensor]:
     """Hold ours against eager and float64 by the rule of tests/tolerance.py; returns our results.
 
     ``cancels``: gradients of activations vanish in exact arithmetic (two values a channel), so their floor is that of
     their terms. ``finite`` False: inputs with NaN or inf; running statistics are then compared for being finite only.
+    ``chained``: float32 results are made from intermediates in the activations' dtype, whose floor then applies.
     """
     y = p.acts["y"]
     dtype, layout = y.dtype, NCHW if y.is_contiguous() else LAST
@@ -294,7 +296,8 @@ def compare(
         elif running and not finite:
             assert torch.equal(value.isfinite().cpu(), ref[name].isfinite()), name
         else:
-            assert_close64(name, value, eager[name], ref[name], scale=scales.get(name, 0.0))
+            kind = dtype if chained else value.dtype
+            assert_close64(name, value, eager[name], ref[name], kind, scales.get(name, 0.0))
     return ours
 
 

@@ -18,9 +18,9 @@ PACKAGE = ROOT / "fastres"
 # names below fastres; the first that matches counts, "x.*" also covers x itself.
 LAYERS: list[tuple[str, ...]] = [
     ("_version", "config"),
-    ("kernels._*", "reference", "kernels"),
+    ("kernels._*", "reference", "reference_conv", "kernels"),
     ("kernels.*",),
-    ("_routing",),
+    ("_routing", "_convolution"),
     ("_folding", "_inference"),
     ("functional", "functional.*"),
     ("registry", "_registry", "_calling"),

@@ -20,8 +20,8 @@ from tests.parity import assert_parity, like, randomize, steps, train_steps
 from tests.plain_resnet import PlainResNet
 from tests.tolerance import FACTOR
 
-OURS = dict(stem_channels=8, base_channels=4)
-PLAIN = dict(stem=8, width=4)
+OURS = dict(stem_channels=8, base_channels=8)
+PLAIN = dict(stem=8, width=8)
 NETS = {
     "18": (lambda **o: ResNet(18, **OURS, **o), lambda: PlainResNet(18, **PLAIN)),
     "34": (lambda **o: ResNet(34, **OURS, **o), lambda: PlainResNet(34, **PLAIN)),

@@ -33,7 +33,7 @@ CONFIG = """
 model = dict(
     type="ImageClassifier",
     backbone=dict(
-        type="ResNet_CIFAR", depth=18, in_channels=1, stem_channels=4, base_channels=4, num_stages=2,
+        type="ResNet_CIFAR", depth=18, in_channels=1, stem_channels=8, base_channels=8, num_stages=2,
         strides=(1, 2), dilations=(1, 1), out_indices=(1,), norm_cfg=dict(type="FusedBN"), drop_path_rate=0.3,
     ),
     neck=dict(type="GlobalAveragePooling"),

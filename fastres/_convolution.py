@@ -1,0 +1,31 @@
+"""What a convolution module must be for this package's own kernels to stand in for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastres.kernels.conv3x3 import Geometry
+
+__all__ = ["own_geometry"]
+
+
+def own_geometry(conv: nn.Module, x: Tensor) -> Geometry | None:
+    """Stride, padding and dilation of a module that is exactly a 3x3 convolution of x which the kernels of ``conv3x3``
+    have, and that nothing else watches or changes; else None."""
+    if type(conv) is not nn.Conv2d or conv.kernel_size != (3, 3) or isinstance(conv.padding, str):
+        return None
+    if conv.padding_mode != "zeros" or conv.bias is not None or conv.groups != 1:
+        return None
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+        return None
+    if conv.in_channels != x.shape[1] or conv.weight.shape[1] != x.shape[1]:
+        return None
+    cast = torch.is_autocast_enabled(x.device.type)
+    if x.dtype != (torch.get_autocast_dtype(x.device.type) if cast else conv.weight.dtype):
+        return None
+    (stride, *other), (padding, *p), (dilation, *d) = conv.stride, conv.padding, conv.dilation
+    if stride not in (1, 2) or other != [stride] or p != [padding] or d != [dilation]:
+        return None
+    geometry = Geometry(stride, padding, dilation)
+    return geometry if min(geometry.size(x.shape[2], x.shape[3])) > 0 else None
