@@ -208,7 +208,7 @@ def test_every_tile_is_tried() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.empty(0, dtype=dtype)
             for second in (0, c2):
-                seen |= {("gram", family.tile("gram", x, d)) for d in (c, second) if d}
+                seen |= {("gram", family.tile("gram", x, d, d)) for d in (c, second) if d}
                 seen |= {
                     (k, family.tile(k, x, *sizes))
                     for k, sizes in (("end", (n, c)), ("p", (c, n, second)), ("dz", (c, n, second)))
@@ -336,7 +336,7 @@ def test_the_anchor_does_not_matter(route: str) -> None:
         )
         found = []
         for anchor in (mu, torch.zeros_like(mu), torch.randn_like(mu)):
-            sums, _ = family.p_sums(dout, None, x, *front, anchor, None, 1)
+            sums, _ = family.p_sums(dout, None, x, *front, anchor, None, None, 1, None)
             rest = (wcov, anchor, mu, mean, var, None, 1e-5, True)
             found.append(family.weight_gradient(sums, weight, *rest))
     for values in found[1:]:
