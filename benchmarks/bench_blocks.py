@@ -6,11 +6,10 @@ import pytest
 
 from benchmarks.cases import blocks
 
-COUNT = 4
+NAMES = [c.name for c in blocks(1)]
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "infer"])
-@pytest.mark.parametrize("index", range(COUNT))
-def bench_block(compare, full, request, index, train):
-    batch = request.config.getoption("--bench-batch") or (32 if full else 4)
-    compare(blocks(batch, 1 if full else 2)[index], train)
+@pytest.mark.parametrize("index", range(len(NAMES)), ids=NAMES)
+def bench_block(compare, full, batch, dtype, index, train):
+    compare(blocks(batch, 1 if full else 2)[index], train, dtype)

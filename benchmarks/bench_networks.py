@@ -1,4 +1,4 @@
-"""A training step and an inference pass of ResNet-18 and ResNet-50."""
+"""A training step and an inference pass of every network at full size, of ResNet-18 and ResNet-50 at a small one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,5 @@ from benchmarks.cases import net_case
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "infer"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def bench_network(compare, full, request, name, train):
-    batch = request.config.getoption("--bench-batch") or (32 if full else 2)
-    compare(net_case(name, batch, 224 if full else 64), train)
+def bench_network(compare, full, batch, dtype, network, train):
+    compare(net_case(network, batch, 224 if full else 64), train, dtype)

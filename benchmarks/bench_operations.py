@@ -6,11 +6,10 @@ import pytest
 
 from benchmarks.cases import operations
 
-COUNT = 5
+NAMES = [c.name for c in operations(1)]
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "infer"])
-@pytest.mark.parametrize("index", range(COUNT))
-def bench_operation(compare, full, request, index, train):
-    batch = request.config.getoption("--bench-batch") or (32 if full else 4)
-    compare(operations(batch, 1 if full else 2)[index], train)
+@pytest.mark.parametrize("index", range(len(NAMES)), ids=NAMES)
+def bench_operation(compare, full, batch, dtype, index, train):
+    compare(operations(batch, 1 if full else 2)[index], train, dtype)

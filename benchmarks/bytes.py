@@ -21,7 +21,7 @@ from benchmarks.meter import DTYPES, Pass, trace
 from benchmarks.nets import NETWORKS
 from benchmarks.plans import compiled, ideal
 
-__all__ = ["COLUMNS", "Count", "main", "measure", "table"]
+__all__ = ["COLUMNS", "Count", "block_of", "main", "measure", "table"]
 
 COLUMNS = ("eager", "compile", "fastres", "ideal")
 
@@ -52,7 +52,7 @@ def measure(
 
 
 def totals(passes: list[Pass], bandwidth: float, peak: float) -> dict[str, float]:
-    """GB, TFLOP, bound in ms and number of kernels of a plan."""
+    """GB, TFLOP, bound in ms and number of passes of a plan; a fastres operator counts as one."""
     return {
         "GB": sum(p.bytes for p in passes) / 1e9,
         "TFLOP": sum(p.flops for p in passes) / 1e12,
@@ -61,7 +61,8 @@ def totals(passes: list[Pass], bandwidth: float, peak: float) -> dict[str, float
     }
 
 
-def _block(layer: str) -> str:
+def block_of(layer: str) -> str:
+    """The block of a layer, or the layer where it is in none."""
     return ".".join(layer.split(".")[:2]) if layer.startswith("layer") else layer
 
 
@@ -69,7 +70,7 @@ def grouped(passes: list[Pass], by_layer: bool) -> dict[str, float]:
     """GB by layer, or by block; in the order of the network."""
     sums: Counter[str] = Counter()
     for p in passes:
-        sums[p.layer if by_layer else _block(p.layer)] += p.bytes / 1e9
+        sums[p.layer if by_layer else block_of(p.layer)] += p.bytes / 1e9
     return dict(sums)
 
 
@@ -90,7 +91,7 @@ def table(count: Count, by_layer: bool, bandwidth: float, peak: float, batch: in
         ("total GB", "GB"),
         ("TFLOP", "TFLOP"),
         ("bound ms", "bound_ms"),
-        ("kernels", "kernels"),
+        ("passes", "kernels"),
     ):
         digits = 0 if key == "kernels" else 2
         lines.append(f"{label:<24}" + "".join(f"{sums[c][key]:>10.{digits}f}" for c in COLUMNS))

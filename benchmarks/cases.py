@@ -7,16 +7,18 @@ is forward and backward with a random gradient; a network's is a whole step with
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.modules import BlockEnd, BnRelu, MomentEnd, Shortcut, StemPool
 from benchmarks.nets import network
 
-__all__ = ["NAMES", "Alternative", "Case", "alternatives", "blocks", "net_case", "operations", "wanted"]
+__all__ = ["NAMES", "REFERENCE", "Alternative", "Case", "alternatives", "blocks", "by_cost", "net_case", "operations",
+           "prepare", "wanted"]  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -41,87 +43,23 @@ class Alternative(NamedTuple):
 NAMES: dict[str, Alternative] = {
     "eager": Alternative("BN", False),
     "eager channels_last": Alternative("BN", True),
+    "compile": Alternative("BN", False, "compile"),
     "compile channels_last": Alternative("BN", True, "compile"),
     "compile max-autotune channels_last": Alternative("BN", True, "compile-max"),
     "fastres": Alternative("FusedBN", False),
     "fastres channels_last": Alternative("FusedBN", True),
     "fastres compiled channels_last": Alternative("FusedBN", True, "compile"),
+    "eager graph": Alternative("BN", False, "", True),
     "eager graph channels_last": Alternative("BN", True, "", True),
     "compile graph channels_last": Alternative("BN", True, "compile", True),
+    "compile max-autotune graph channels_last": Alternative("BN", True, "compile-max", True),
+    "fastres graph": Alternative("FusedBN", False, "", True),
     "fastres graph channels_last": Alternative("FusedBN", True, "", True),
+    "fastres compiled graph channels_last": Alternative("FusedBN", True, "compile", True),
     "torchvision channels_last": Alternative("torchvision", True),
     "timm channels_last": Alternative("timm", True),
 }
-
-
-# ----------------------------------------------------------------------------------------------------------- modules
-
-
-def _norm(kind: str, channels: int) -> nn.Module:
-    from fastres import FusedBatchNorm2d
-
-    return nn.BatchNorm2d(channels) if kind == "BN" else FusedBatchNorm2d(channels)
-
-
-class BnRelu(nn.Module):
-    """relu(bn(y))."""
-
-    def __init__(self, channels: int, kind: str) -> None:
-        super().__init__()
-        self.norm, self.kind = _norm(kind, channels), kind
-
-    def forward(self, y: Tensor) -> Tensor:
-        if self.kind == "BN":
-            return torch.relu_(self.norm(y))
-        from fastres import functional
-
-        return functional.batch_norm(y, self.norm.fused(), relu=True)
-
-
-class BlockEnd(nn.Module):
-    """relu(bn(y) + identity)."""
-
-    def __init__(self, channels: int, kind: str) -> None:
-        super().__init__()
-        self.norm, self.kind, self.conv = _norm(kind, channels), kind, nn.Identity()
-
-    def forward(self, y: Tensor, identity: Tensor) -> Tensor:
-        if self.kind == "BN":
-            return torch.relu_(self.norm(y).add_(identity))
-        from fastres import functional
-
-        return functional.add_relu(functional.conv_bn(y, self.conv, self.norm.fused()), identity)
-
-
-class StemPool(nn.Module):
-    """maxpool(relu(bn(y)))."""
-
-    def __init__(self, channels: int, kind: str) -> None:
-        super().__init__()
-        self.norm, self.kind, self.conv = _norm(kind, channels), kind, nn.Identity()
-
-    def forward(self, y: Tensor) -> Tensor:
-        if self.kind == "BN":
-            return torch.max_pool2d(torch.relu_(self.norm(y)), 3, 2, 1)
-        from fastres import functional
-
-        return functional.max_pool(functional.conv_bn_relu(y, self.conv, self.norm.fused()))
-
-
-class Shortcut(nn.Module):
-    """A block of fastres, ``BasicBlock`` or ``Bottleneck``."""
-
-    def __init__(self, name: str, channels_in: int, channels_out: int, stride: int, kind: str) -> None:
-        super().__init__()
-        import fastres
-
-        layer = fastres.ResLayer(
-            getattr(fastres, name), 1, channels_in, channels_out, stride=stride, norm_cfg=dict(type=kind)
-        )
-        self.block = layer[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x)
+REFERENCE = "eager channels_last"  # timed in turn with every group of alternatives
 
 
 def operations(batch: int, scale: int = 1) -> list[Case]:
@@ -132,6 +70,12 @@ def operations(batch: int, scale: int = 1) -> list[Case]:
         shape = (batch, c, s, s)
         cases.append(Case("operation", f"bn+relu {c}x{s}", (shape,), lambda k, c=c: BnRelu(c, k)))
         cases.append(Case("operation", f"block end {c}x{s}", (shape, shape), lambda k, c=c: BlockEnd(c, k)))
+    # A bottleneck's end from the raw output of its 3x3 convolution: stages 1 and 3, plain and with a downsample branch.
+    for c, side, down, stride in ((64, 56, 0, 1), (256, 14, 0, 1), (128, 28, 256, 2)):
+        s, wide = max(side // scale, 4), 4 * c
+        shapes = ((batch, c, s, s), (batch, down, s * stride, s * stride) if down else (batch, wide, s, s))
+        name = f"1x1 to {'pair' if down else 'block'} end {c}->{wide} {s}"
+        cases.append(Case("operation", name, shapes, lambda k, a=(c, wide, down, stride): MomentEnd(*a, k)))
     s = max(112 // scale, 8)
     cases.append(Case("operation", f"stem pool 64x{s}", ((batch, 64, s, s),), lambda k: StemPool(64, k)))
     return cases
@@ -184,15 +128,21 @@ def wanted(case: Case, device: torch.device, compiled: bool, full: bool) -> list
     if compiled:
         names.append("compile channels_last")
     if full:
-        names += ["compile max-autotune channels_last", "fastres compiled channels_last"] if compiled else []
-        if case.network:
-            if device.type == "cuda":
-                names += [n for n, a in NAMES.items() if a.graph and (compiled or not a.how)]
-            names += [
-                f"{p} channels_last" for p in ("torchvision", "timm")
-                if importlib.util.find_spec(p) is not None and case.name.startswith("resnet") and "v1d" not in case.name
-            ]  # fmt: skip
+        graphs = case.network and device.type == "cuda"
+        for n, a in NAMES.items():
+            foreign = a.norm in ("torchvision", "timm")
+            if n not in names and not foreign and (compiled or not a.how) and (graphs or not a.graph):
+                names.append(n)
+        plain = case.network and case.name.removeprefix("resnet").isdigit()
+        names += [f"{p} channels_last" for p in ("torchvision", "timm") if plain and find_spec(p) is not None]
     return names
+
+
+def by_cost(names: list[str]) -> list[list[str]]:
+    """The same names in groups, the cheap ones first: what is not compiled, compiled, compiled with autotuning. A group
+    is made and timed before the next is begun, so a run that is stopped has the rows of those before."""
+    hows = [[n for n in names if NAMES[n].how == how] for how in ("", "compile", "compile-max")]
+    return [g for g in hows if g]
 
 
 def _sets(case: Case, device: torch.device, dtype: torch.dtype) -> int:
@@ -246,6 +196,10 @@ def _operation_call(
     return call
 
 
+class _Pool:
+    handle: Any = None
+
+
 def _network_call(
     model: nn.Module, case: Case, device: torch.device, dtype: torch.dtype, memory: torch.memory_format, train: bool,
     graph: bool,
@@ -278,9 +232,16 @@ def _network_call(
             step(i)
     torch.cuda.current_stream().wait_stream(side)
     captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
+    # One pool for all graphs of the process: each replay writes its temporaries anew, and none reads another's.
+    _Pool.handle = _Pool.handle or torch.cuda.graph_pool_handle()
+    with torch.cuda.graph(captured, pool=_Pool.handle):
         step(0)
-    return lambda i: captured.replay()
+
+    def replay(i: int) -> object:
+        return captured.replay()
+
+    replay.uncaptured = step  # type: ignore[attr-defined]  # for the peak of memory, which a replay does not show
+    return replay
 
 
 def prepare(

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu --stage 1              environment, selfcheck, the GPU tests
     python -m benchmarks.gpu --stage 2              ceilings, ResNet-50 baselines, where their time goes
-    python -m benchmarks.gpu --stage 3              tune
-    python -m benchmarks.gpu --stage 4              fastres: operations, blocks, networks; the report
+    python -m benchmarks.gpu --stage 3              tune; the table goes to --out
+    python -m benchmarks.gpu --stage 4              fastres with that table: networks, blocks, operations; the report
     python -m benchmarks.gpu --stage 5              compute-sanitizer, bytes by Nsight Compute against the declared
     python -m benchmarks.gpu --stage all --dry      all of it at tiny sizes, on a CPU too
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -34,12 +35,14 @@ __all__ = ["STAGES", "Step", "main", "run_stage", "stages"]
 
 
 class Step(NamedTuple):
-    """A command with the share of the stage's time that it may take, and the program it needs beside Python."""
+    """A command with the share of the stage's time that it may take, the program it needs beside Python, and what it
+    adds to the environment."""
 
     name: str
     command: list[str]
     share: float = 1.0
     needs: str = ""
+    env: tuple[tuple[str, str], ...] = ()
 
 
 def _python(*arguments: str) -> list[str]:
@@ -55,13 +58,15 @@ def stages(out: Path, dry: bool, limit: float) -> dict[int, list[Step]]:
     network = tiny if dry else ["--model", "resnet50", "--batch", "256", "--size", "224"]
     dtype = ["--dtype", "fp32" if dry else "bf16"]
     quick = ["--rounds", "2", "--region", "0.01s"] if dry else ["--rounds", "15"]
+    every = [] if dry else ["--full"]
     small = ["--batch", "2", "--scale", "8"] if dry else ["--batch", "256"]
     budget = lambda share: ["--budget", f"{max(1.0, share * limit):.0f}s"]  # noqa: E731
-    tuned = (
-        [*tiny, "--dtype", "fp32", "--trial", "--rounds", "1"]
-        if dry
-        else ["--model", "resnet50", "--batch", "256"]
-    )
+    tuned = ["--model", "resnet50", "--batch", "256", *budget(0.85)]
+    if dry:
+        tuned = "--batch 1 --size 32 --dtype fp32 --rounds 1 --trial --budget 30s --out".split()
+        tuned.append(f"{text}/tuned.json")
+    table = (("FASTRES_CACHE", text),)  # where stage 3 writes its table and stage 4 finds it
+    trial = (*table, ("TRITON_INTERPRET", "1")) if dry else table
     profiled = ["eager channels_last"] + ([] if dry else ["compile channels_last", "fastres channels_last"])
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1"]
     return {
@@ -73,27 +78,32 @@ def stages(out: Path, dry: bool, limit: float) -> dict[int, list[Step]]:
         2: [
             Step("ceilings", _python("benchmarks.ceilings", *rows, *(["--small"] if dry else [])), 0.2),
             Step("baselines", _python("benchmarks.run", "--suite", "networks", *network, *dtype, *rows, *quick,
-                                      *([] if dry else ["--full"]), "--mode", "train", *budget(0.6)), 0.7),
+                                      *every, "--mode", "train", *budget(0.5)), 0.65),
             Step("profile", _python("benchmarks.profile", *network, *dtype, "--out", f"{text}/profile.txt",
-                                    "--alternatives", *profiled), 0.4),
+                                    "--alternatives", *profiled, "--results", text), 0.4),
+            Step("inductor bytes", _python("benchmarks.inductor", *(["--dry"] if dry else []),
+                                           "--out", f"{text}/inductor.txt"), 0.3),
         ],
-        3: [Step("tune", _python("fastres", "tune", *tuned, *budget(0.85), "--out", f"{text}/tuned.json"), 0.95)],
+        3: [Step("tune", _python("fastres", "tune", *tuned), 0.95, env=trial)],
         4: [
             Step("networks", _python("benchmarks.run", "--suite", "networks", *network, *dtype, *rows, *quick,
-                                     "--mode", "infer" if dry else "train", *([] if dry else ["infer"]),
-                                     *budget(0.5)), 0.6),
+                                     *every, "--mode", "train", "infer", *budget(0.4)), 0.5, env=table),
             Step("blocks", _python("benchmarks.run", "--suite", "blocks", *small, *dtype, *rows, *quick,
-                                   *budget(0.2)), 0.25),
+                                   *budget(0.2)), 0.25, env=table),
             Step("operations", _python("benchmarks.run", "--suite", "operations", *small, *dtype, *rows, *quick,
-                                       *budget(0.15)), 0.2),
+                                       *budget(0.15)), 0.2, env=table),
+            Step("loading", _python("benchmarks.loading", *(
+                [*tiny, "--steps", "2", "--workers", "1"] if dry else ["--model", "resnet50", "--batch", "256"]
+            ), *rows, *budget(0.15)), 0.15, env=table),
+            Step("host", _python("benchmarks.host", *rows, *(["--rounds", "2"] if dry else [])), 0.1),
             Step("report", _python("benchmarks.report", "--results", text, *(
                 ["--model", "resnet18", "--batch", "2", "--size", "64"] if dry else []
             )), 0.2),
         ],
         5: [
-            Step("memcheck", [*sanitizer, "--tool", "memcheck", *_python("fastres", "selfcheck")], 0.45,
+            Step("memcheck", [*sanitizer, "--tool", "memcheck", *_python("fastres", "selfcheck", "--small")], 0.45,
                  "compute-sanitizer"),
-            Step("racecheck", [*sanitizer, "--tool", "racecheck", *_python("fastres", "selfcheck")], 0.45,
+            Step("racecheck", [*sanitizer, "--tool", "racecheck", *_python("fastres", "selfcheck", "--small")], 0.45,
                  "compute-sanitizer"),
             Step("declared bytes", _python("benchmarks.declared", *(["--shape", "2", "16", "8", "8"] if dry else []),
                                            *([] if dry else ["--ncu", f"{text}/ncu.csv"])), 0.4),
@@ -136,6 +146,7 @@ def run_stage(
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         timeout=min(left, step.share * limit),
+                        env={**os.environ, **dict(step.env)},
                     ).returncode
                     # pytest's 5: nothing was selected, as on a machine where no test is marked for its device.
                     result = (

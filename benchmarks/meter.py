@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from benchmarks.nets import network
 from benchmarks.passes import nbytes, passes_of, tensors
 from fastres import functional
 
-__all__ = ["DTYPES", "Pass", "Trace", "trace", "trace_model"]
+__all__ = ["DTYPES", "Pass", "Trace", "trace", "trace_call", "trace_model"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -116,10 +116,38 @@ def _autocast(dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
+def _routed(gpu: bool) -> AbstractContextManager[object]:
+    return functional.assume_gpu() if gpu else nullcontext()
+
+
+def trace_call(
+    module: nn.Module, inputs: list[Tensor], dtype: torch.dtype, train: bool, gpu: bool = True
+) -> list[Pass]:
+    """Count a call of a module on fake tensors, in training with its backward; call it under their FakeTensorMode."""
+    module.train(train)
+    meter = _Meter(module)
+    with _routed(gpu), torch.set_grad_enabled(train), meter:
+        with _autocast(dtype):
+            out = module(*inputs)
+        meter.phase = "backward"
+        if train:
+            given = torch.empty_like(out)
+            torch.autograd.grad(out, [*inputs, *module.parameters()], given)
+    return [p for p in meter.passes if p.bytes]
+
+
 def trace_model(
-    model: nn.Module, x: Tensor, dtype: torch.dtype, train: bool, target: Tensor | None = None
+    model: nn.Module,
+    x: Tensor,
+    dtype: torch.dtype,
+    train: bool,
+    target: Tensor | None = None,
+    gpu: bool = True,
 ) -> Trace:
-    """Count one step of a model whose parameters, and ``x``, are fake tensors; call it under their FakeTensorMode."""
+    """Count one step of a model whose parameters, and ``x``, are fake tensors; call it under their FakeTensorMode.
+
+    ``gpu``: routed as on a GPU; else as on the CPU.
+    """
     model.train(train)
     meter = _Meter(model)
     saved: dict[int, Tensor] = {}
@@ -130,7 +158,7 @@ def trace_model(
             saved[_storage(t)] = t
         return t
 
-    with functional.assume_gpu(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with _routed(gpu), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         if not train:
             with torch.no_grad(), _autocast(dtype):
                 model(x)  # folds the norms, once for all passes
@@ -154,8 +182,9 @@ def trace_model(
 
 
 def trace(
-    name: str, norm: str, batch: int, dtype: str, train: bool, channels_last: bool = True, size: int = 224
-) -> Trace:
+    name: str, norm: str, batch: int, dtype: str, train: bool, channels_last: bool = True, size: int = 224,
+    gpu: bool = True,
+) -> Trace:  # fmt: skip
     """Count one training step (with SGD and momentum) or one inference pass of a network at this batch and image size.
 
     ``dtype`` fp16 and bf16 run under autocast with fp32 parameters, as a training step does.
@@ -167,4 +196,4 @@ def trace(
             if p.dim() == 4:
                 p.data = p.data.contiguous(memory_format=memory)
         x = torch.empty(batch, 3, size, size).contiguous(memory_format=memory)
-        return trace_model(model, x, DTYPES[dtype], train, torch.zeros(batch, dtype=torch.long))
+        return trace_model(model, x, DTYPES[dtype], train, torch.zeros(batch, dtype=torch.long), gpu)

@@ -4,7 +4,7 @@
     python -m benchmarks.run --suite networks --model resnet50 --batch 256 --dtype bf16 --full
 
 Parity comes first: nothing is timed before ``fastres selfcheck`` has passed on the device. Rows that the output folder
-already has for this commit and device are not measured again, so a run that was stopped goes on where it stopped.
+already has for this commit, device and tuning table are not measured again, so a stopped run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -13,12 +13,24 @@ import argparse
 import gc
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.cases import Case, alternatives, blocks, net_case, operations, wanted
+from benchmarks.cases import (
+    NAMES,
+    REFERENCE,
+    Case,
+    alternatives,
+    blocks,
+    by_cost,
+    net_case,
+    operations,
+    wanted,
+)
+from benchmarks.counted import counted
 from benchmarks.meter import DTYPES
 from benchmarks.nets import NETWORKS
 from benchmarks.rows import RESULTS, Writer, commit, key, read
@@ -27,6 +39,8 @@ from fastres._timing import Sample, interleaved, synchronize
 from fastres.commands.tune import seconds
 
 __all__ = ["main", "measure", "peak_bytes"]
+
+Call = Callable[[int], object]
 
 
 def peak_bytes(call: Any, device: torch.device) -> int:
@@ -57,15 +71,11 @@ def _numbers(s: Sample, batch: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def measure(
-    writer: Writer, case: Case, names: list[str], device: torch.device, dtype: str, train: bool, done: set[Any],
-    rounds: int, region: float, budget: float,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Time a case's alternatives that are not in ``done`` and write their rows."""
-    batch, size = case.shapes[0][0], case.shapes[0][-1]
-    same = dict(case=case.name, batch=batch, size=size, dtype=dtype, mode="train" if train else "infer")
-    todo = [n for n in names if key(dict(suite=writer.suite, alternative=n, **same)) not in done]
-    ready, failed = alternatives(case, todo, device, DTYPES[dtype], train)
+def _ready(
+    case: Case, names: list[str], device: torch.device, dtype: str, train: bool
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """Alternatives that have run twice, and of the others why not."""
+    ready, failed = alternatives(case, names, device, DTYPES[dtype], train)
     for name, call in list(ready.items()):
         try:
             for i in range(2):
@@ -74,18 +84,46 @@ def measure(
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
             del ready[name]
-    memory = {name: peak_bytes(call, device) for name, call in ready.items()}
-    samples = interleaved(ready, device, rounds, region, warmup=2, budget=budget) if ready else {}
-    rows = [
-        writer.row(alternative=n, **same, **_numbers(s, batch), peak_bytes=memory[n])
-        for n, s in samples.items()
-    ]
-    rows += [writer.row(alternative=n, **same, error=why) for n, why in failed.items()]
-    ready.clear()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return rows
+    return ready, failed
+
+
+def measure(
+    writer: Writer, case: Case, names: list[str], device: torch.device, dtype: str, train: bool, done: set[Any],
+    rounds: int, region: float, stop: float,
+) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
+    """Time a case's alternatives that are not in ``done`` and write their rows: (rows, alternatives left).
+
+    Group by group (``by_cost``), each in turn with the reference alternative; no group is begun after ``stop``.
+    """
+    batch, size = case.shapes[0][0], case.shapes[0][-1]
+    same = dict(case=case.name, batch=batch, size=size, dtype=dtype, mode="train" if train else "infer")
+    todo = [n for n in names if key(dict(suite=writer.suite, alternative=n, **same)) not in done]
+    rows: list[dict[str, Any]] = []
+    for group in by_cost(todo):
+        if time.perf_counter() >= stop:
+            return rows, sum(n not in {r["alternative"] for r in rows} for n in todo)
+        ready, failed = _ready(case, list(dict.fromkeys([REFERENCE, *group])), device, dtype, train)
+        memory = {name: peak_bytes(getattr(call, "uncaptured", call), device) for name, call in ready.items()}
+        left = max(5.0, stop - time.perf_counter())
+        samples = interleaved(ready, device, rounds, region, warmup=2, budget=left) if ready else {}
+        base = samples[REFERENCE].median if REFERENCE in samples else None
+        for n in group:
+            if n in samples:
+                found = dict(_numbers(samples[n], batch), peak_bytes=memory[n], reference_s=base)
+                found |= counted(case, n, dtype, train, device)
+                rows.append(writer.row(alternative=n, **same, **found))
+            else:
+                rows.append(writer.row(alternative=n, **same, error=failed[n]))
+        ready.clear()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return rows, 0
+
+
+def _same(run: dict[str, Any]) -> tuple[Any, ...]:
+    """What two runs must share for the rows of one to spare the other's: commit, device and tuning table."""
+    return run["commit"], run["device"], run["environment"]["tuning_table"]
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
@@ -122,6 +160,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--full", action="store_true", help="graphs, max-autotune and other packages' networks too"
     )
+    parser.add_argument(
+        "--alternatives",
+        nargs="+",
+        choices=sorted(NAMES),
+        help="these alone, instead of what the options say",
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--region", type=seconds, default=0.1, help="least time of a timed region")
     parser.add_argument(
@@ -140,11 +184,11 @@ def main(argv: list[str] | None = None) -> int:
         print("parity is missed; nothing is timed", *missed, sep="\n", file=sys.stderr)
         return 1
     writer = Writer(args.out, args.suite, device)
-    head = (writer.head["commit"], writer.head["device"])
+    head = _same(writer.head)
     done = {
         key(r)
         for run, rows in read(args.out)
-        if (run["commit"], run["device"]) == head and commit() and "+" not in commit()
+        if _same(run) == head and commit() and "+" not in commit()
         for r in rows
         if "error" not in r
     }
@@ -155,11 +199,11 @@ def main(argv: list[str] | None = None) -> int:
                 if time.perf_counter() >= stop:
                     left += 1
                     continue
-                names = wanted(case, device, args.compile, args.full)
-                share = max(5.0, (stop - time.perf_counter()) / 2)
-                rows = measure(
-                    writer, case, names, device, dtype, mode == "train", done, args.rounds, args.region, share
+                names = args.alternatives or wanted(case, device, args.compile, args.full)
+                rows, missing = measure(
+                    writer, case, names, device, dtype, mode == "train", done, args.rounds, args.region, stop
                 )
+                left += bool(missing)
                 for r in rows:
                     text = (
                         r.get("error")
@@ -167,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
                     )
                     print(f"{case.name:<32}{dtype} {mode:<6}{r['alternative']:<36}{text}", flush=True)
     writer.close()
-    print(f"{writer.path}" + (f"; {left} cases left for the next run" if left else ""))
+    print(f"{writer.path}" + (f"; {left} cases left, whole or in part, for the next run" if left else ""))
     return 0
 
 

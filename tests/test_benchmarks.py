@@ -12,9 +12,10 @@ import types
 import pytest
 import torch
 
-from benchmarks import declared, gpu, report, run
+from benchmarks import declared, gpu, host, inductor, loading, profile, report, run
 from benchmarks.bytes import measure
-from benchmarks.cases import NAMES, alternatives, blocks, net_case, operations, wanted
+from benchmarks.cases import NAMES, REFERENCE, alternatives, blocks, by_cost, net_case, operations, wanted
+from benchmarks.counted import counted
 from benchmarks.rows import Writer, key, read
 from fastres._timing import interleaved, summary
 from fastres.kernels import _tuned
@@ -87,13 +88,48 @@ def test_runner_writes_rows_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.rows.commit", lambda: "abc")
     assert run.main(arguments(tmp_path)) == 0
     ((_, rows),) = read(tmp_path)
-    assert len(rows) == 20 and all(r["median_s"] > 0 and r["alternative"] in NAMES for r in rows)
-    assert len({key(r) for r in rows}) == 20
+    count = 4 * len(operations(2))
+    assert len(rows) == count and all(r["median_s"] > 0 and r["alternative"] in NAMES for r in rows)
+    assert len({key(r) for r in rows}) == count
+    assert all(r["bytes"] > 0 and r["reference_s"] > 0 for r in rows)
+    assert all(r["reference_s"] == r["median_s"] for r in rows if r["alternative"] == REFERENCE)
     assert run.main(arguments(tmp_path)) == 0
-    assert [len(rows) for _, rows in read(tmp_path)] == [20, 0]
+    assert [len(rows) for _, rows in read(tmp_path)] == [count, 0]
+    with _tuned.using(_tuned.EMPTY._replace(source="a table")):  # other kernels than before
+        assert run.main(arguments(tmp_path)) == 0
     monkeypatch.setattr(run, "commit", lambda: "abc+")  # changed files: old rows say nothing about them
     assert run.main(arguments(tmp_path)) == 0
-    assert [len(rows) for _, rows in read(tmp_path)] == [20, 0, 20]
+    assert [len(rows) for _, rows in read(tmp_path)] == [count, 0, count, count]
+
+
+def test_groups_are_timed_by_cost_and_none_begins_late(tmp_path):
+    every = wanted(net_case("resnet50", 2), torch.device("cuda"), True, True)
+    assert {n for n, a in NAMES.items() if a.norm in ("BN", "FusedBN")} <= set(every)
+    groups = by_cost(every)
+    assert sorted(n for g in groups for n in g) == sorted(every)
+    assert [{NAMES[n].how for n in g} for g in groups] == [{""}, {"compile"}, {"compile-max"}]
+    case, same = operations(2, 14)[0], dict(rounds=1, region=0.0)
+    writer = Writer(tmp_path, "operations", CPU)
+    names = ["eager", "fastres"]
+    assert run.measure(writer, case, names, CPU, "fp32", False, set(), stop=0.0, **same) == ([], 2)
+    rows, left = run.measure(writer, case, names, CPU, "fp32", False, set(), stop=float("inf"), **same)
+    assert [r["alternative"] for r in rows] == names and left == 0
+
+
+def test_counted_bytes_of_cases():
+    """The moment form's operation moves fewer bytes than eager's; a compiled one is the model's."""
+    gpu_like = types.SimpleNamespace(type="cuda")
+    case = next(c for c in operations(64) if c.name.startswith("1x1 to block end 64"))
+    eager, ours, compiled = (
+        counted(case, n, "bf16", True, gpu_like)
+        for n in ("eager channels_last", "fastres channels_last", "compile channels_last")
+    )
+    assert ours["bytes"] < compiled["bytes"] < eager["bytes"]
+    y = 64 * 64 * 56 * 56 * 2
+    act = counted(operations(64)[0], "eager channels_last", "bf16", True, gpu_like)
+    assert act["bytes"] == pytest.approx((5 + 3 + 5) * y, rel=1e-3)  # stats, apply, ReLU; mask; sums, apply
+    assert counted(net_case("resnet50", 2), "timm channels_last", "bf16", True, CPU) == {}
+    assert counted(net_case("resnet18", 2, 32), "eager", "fp32", False, CPU)["bytes"] > 0
 
 
 def test_nothing_is_timed_without_parity(tmp_path, monkeypatch, capsys):
@@ -109,7 +145,7 @@ def rows_of(device, commit, median, alternative="fastres channels_last"):
     row = dict(
         kind="row", suite="networks", case="resnet50", alternative=alternative, batch=256, size=224, dtype="bf16",
         mode="train", median_s=median, q25_s=median, q75_s=median, min_s=median, rounds=5, calls=1,
-        images_per_s=256 / median, peak_bytes=2**33,
+        images_per_s=256 / median, peak_bytes=2**33, reference_s=0.75, bytes=10**11, flops=6 * 10**12,
     )  # fmt: skip
     return head, [row]
 
@@ -134,15 +170,29 @@ def test_readme_table_shows_what_is_missing(tmp_path):
 def test_page_has_pictures_changes_and_gaps():
     count = measure("resnet18", 2, "bf16", True, size=64)
     text, pictures = report.page([], count, "resnet50", 256, "bf16", 4e12, 8e14)
-    assert set(pictures) == {"waterfall", "roofline"} and text.count("data:image/png;base64,") == 2
-    assert text.count(report.NOT_MEASURED) == 3  # GPU, limits, change
+    assert set(pictures) == {"waterfall", "bounds"} and text.count("data:image/png;base64,") == 2
+    assert text.count(report.NOT_MEASURED) == 4  # GPU, limits, host, change
     runs = [
         rows_of("A GPU", "a", 0.5),
         rows_of("A GPU", "b", 0.25),
         rows_of("A GPU", "b", 0.75, "eager channels_last"),
     ]
     text, pictures = report.page(runs, count, "resnet50", 256, "bf16", 4e12, 8e14)
-    assert {"speed networks A GPU", "memory networks A GPU"} <= set(pictures)
+    assert {"speed networks A GPU", "memory networks A GPU", "roofline A GPU"} <= set(pictures)
+    same = dict(kind="row", case="resnet50", batch=256, size=224, dtype="bf16", mode="train")
+    limit = [
+        dict(same, case="copy", rate=4e12, unit="B/s"),
+        dict(same, case="matmul", rate=7e14, unit="flop/s"),
+    ]
+    kinds = [dict(same, alternative="eager channels_last", kinds_ms={"convolution": 3.0, "batch norm": 2.0})]
+    overhead = [dict(same, alternative="fastres channels_last", launches=7, median_s=1e-3)]
+    more = [
+        (dict(runs[0][0], suite=s), rows)
+        for s, rows in (("ceilings", limit), ("profile", kinds), ("host", overhead))
+    ]
+    assert report.limits(more, "A GPU") == (4e12, 7e14) and report.limits(more, "cpu") == (None, None)
+    text, pictures = report.page([*runs, *more], count, "resnet50", 256, "bf16", 4e12, 8e14)
+    assert "profile resnet50 batch 256 bf16 A GPU" in pictures and report.NOT_MEASURED not in text
     assert "-50.0%" in text and all(png.startswith(b"\x89PNG") for png in pictures.values())
 
 
@@ -202,8 +252,57 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert json.loads((out / "stage9.json").read_text())["broken"]["result"] == "failed with 3"
 
 
+def test_kinds_of_kernels():
+    names = {
+        "void cudnn::bn_fw_tr_1C11_kernel_NCHW": "batch norm", "sm90_xmma_fprop_implicit_gemm_bf16": "convolution",
+        "nvjet_tst_128x64": "convolution", "triton_poi_fused_relu_1": "compiled", "end_reduce_kernel": "fastres",
+        "p_kernel": "fastres", "void at::native::vectorized_elementwise_kernel<8>": "elementwise",
+        "void multi_tensor_apply_kernel": "optimizer", "void at::native::max_pool_forward_nhwc": "pooling",
+        "something": "other", "aten::native_batch_norm": "batch norm", "aten::mkldnn_convolution": "convolution",
+    }  # fmt: skip
+    assert {n: profile.kind(n) for n in names} == names
+
+
+def test_inductor_kernels_from_a_profile():
+    header = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+    lines = [header]
+    for i, (name, bytes_) in enumerate([("triton_red_0", 5), ("triton_poi_1", 7), ("triton_red_0", 4000)]):
+        for metric in declared.METRICS:
+            lines.append(f'"{i}","{name}","{metric}","Kbyte","{bytes_:,}"')
+    found = inductor.generated(lines)
+    assert list(found) == ["triton_poi_1", "triton_red_0"]
+    assert found["triton_red_0"] == {"read": 4e6, "written": 4e6, "runs": 2}
+    case = operations(2, 8)[0]
+    text = "\n".join(inductor.report(case, found, "fp32", CPU))
+    assert "model" in text and "generated kernels together 8.0 MB" in text
+    assert "not measured" in "\n".join(inductor.report(case, None, "fp32", CPU))
+
+
+def test_loader_and_step_are_kept_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "gate", lambda device: [])
+    small = ["--batch", "2", "--size", "32", "--steps", "2", "--workers", "0", "--out", str(tmp_path)]
+    assert loading.main(small) == 0
+    ((_, rows),) = read(tmp_path)
+    sides = [("eager", "train"), ("eager", "load+train"), ("fastres", "train"), ("fastres", "load+train")]
+    assert [(r["alternative"].split()[0], r["mode"]) for r in rows] == [("loader", "load"), *sides]
+    assert all(r["rounds"] == 2 and r["images_per_s"] > 0 for r in rows)
+    x, label = loading.Images(4, 32)[1]
+    assert x.shape == (3, 32, 32) and x.dtype == torch.float32 and label == 1
+
+
+@pytest.mark.interpret
+def test_a_fused_bottleneck_launches_fewer_kernels_than_eager():
+    """A block of this package's kernels, counted where they are launched, against eager's passes on a GPU."""
+    eager, fused = host.blocks("BN"), host.blocks("FusedBN")
+    for name in eager:
+        ours, theirs = host.launches(fused[name], True), host.launches(eager[name], False)
+        assert 10 < ours < theirs, name
+
+
 def in_this_process(command, stdout, **options):
     """Stands for subprocess.run: the same program with the same arguments, without another import of torch."""
+    if options.get("env", {}).get("TRITON_INTERPRET"):  # which is read when Triton is imported
+        return subprocess.run(command, stdout=stdout, **options)
     module, arguments = command[2], command[3:]
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
         if module == "pytest":  # no test in a test
@@ -223,17 +322,27 @@ def test_dry_run_of_every_stage(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "subprocess", programs)
     monkeypatch.setattr(gpu.shutil, "which", lambda program: None)
     monkeypatch.setattr(gpu, "commit", lambda: "abc")
-    monkeypatch.setattr(run, "gate", lambda device: [])
-    assert gpu.main(["--dry", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
+    for module in (run, loading):
+        monkeypatch.setattr(module, "gate", lambda device: [])
+    before = 0
+    for stage in gpu.STAGES:
+        assert gpu.main(["--dry", "--stage", str(stage), "--out", str(tmp_path)]) == 0, (
+            capsys.readouterr().out
+        )
+        files = len(list(tmp_path.iterdir()))
+        assert files - before <= 8
+        before = files
     text = capsys.readouterr().out
-    assert text.count(": ok") == 12 and text.count("not run: compute-sanitizer") == 2
+    assert text.count(": ok") == 15 and text.count("not run: compute-sanitizer") == 2
     assert (tmp_path / "report.html").stat().st_size > 50_000 and (tmp_path / "profile.txt").exists()
     assert _tuned.SCHEMA == json.loads((tmp_path / "tuned.json").read_text())["schema"]
     for stage in gpu.STAGES:
         log = (tmp_path / f"stage{stage}.log").read_text()
         assert "Traceback" not in log and "failed" not in log.replace("0 failed", "")
     suites = [head["suite"] for head, rows in read(tmp_path) if rows]
-    assert sorted(suites) == ["blocks", "ceilings", "networks", "networks", "operations"]
+    assert sorted(suites) == [
+        "blocks", "ceilings", "host", "loading", "networks", "networks", "operations", "profile",
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
