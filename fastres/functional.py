@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres import _folding, _inference
+from fastres import _cpu, _folding, _inference
 from fastres._convolution import own_geometry
+from fastres._cpu import winograd
 from fastres._inference import inference_layout
 from fastres._routing import (
     BACKENDS,
@@ -50,6 +51,7 @@ from fastres.kernels._check import check_activation, check_aten, check_like, che
 from fastres.kernels._sync import merge_over_group, update_running
 from fastres.kernels.block_start import block_start, start_conv
 from fastres.kernels.recomputed_conv import recomputed_conv
+from fastres.kernels.winograd import winograd as winograd_conv
 
 __all__ = [
     "BACKENDS",
@@ -75,6 +77,7 @@ __all__ = [
     "moments",
     "moments_pay",
     "record_routes",
+    "winograd",
 ]
 
 # ------------------------------------------------------------------------------------------------------ pending
@@ -111,7 +114,7 @@ class Pending:
             elif isinstance(x, Pending) and x._raw is not None and recomputes() and _plain_conv(conv):
                 self._y = _conv_keeping_raw(x, conv)
             else:
-                self._y = conv(materialize(x))
+                self._y = _convolve(conv, materialize(x), self.bn)
         return self._y
 
     def tensor(self) -> Tensor:
@@ -159,6 +162,16 @@ class Linked:
         if self._tensor is None:
             self._tensor = moment_form.unmasked(self.out, self.bits)
         return self._tensor
+
+
+def _convolve(conv: nn.Module, x: Tensor, bn: BatchNorm) -> Tensor:
+    """The module called, or its form on a CPU."""
+    products, weights = _cpu.winograd_parts(conv, x, bn.training)
+    if not weights:
+        return conv(x)
+    assert isinstance(conv, nn.Conv2d)
+    record("conv", x, "winograd", "cpu: measured" + ("" if products else "; weight gradient only"), (bn,))
+    return winograd_conv(x, conv.weight, products)
 
 
 def _plain_conv(conv: nn.Module) -> bool:

@@ -20,7 +20,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("_version", "config"),
     ("kernels._*", "reference", "reference_conv", "kernels"),
     ("kernels.*",),
-    ("_routing", "_convolution"),
+    ("_routing", "_convolution", "_cpu"),
     ("_folding", "_inference"),
     ("functional", "functional.*"),
     ("registry", "_registry", "_calling"),

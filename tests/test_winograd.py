@@ -1,0 +1,170 @@
+"""Winograd's form of 3x3 convolutions on a CPU: values, gradients, where it applies, and blocks that take it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastres
+from fastres import _cpu
+from fastres import functional as fn
+from fastres.kernels import winograd as wino
+from tests.parity import assert_parity, like, randomize, steps
+from tests.plain_resnet import Block
+from tests.tolerance import assert_close64, assert_layout, poison
+
+LAST, NCHW = torch.channels_last, torch.contiguous_format
+SHAPES = {  # (B, C, H, W), N
+    "even": ((2, 8, 6, 8), 12),
+    "odd": ((3, 5, 7, 9), 4),
+    "odd-line": ((2, 3, 1, 5), 3),
+    "pixel": ((4, 6, 1, 1), 2),
+    "one-channel": ((2, 1, 4, 3), 1),
+    "many": ((11, 7, 6, 5), 10),
+}
+
+
+def convolve(x: Tensor, weight: Tensor, dy: Tensor, how: str) -> dict[str, Tensor]:
+    x, weight = (t.detach().clone().requires_grad_() for t in (x, weight))
+    if how == "eager":
+        y = F.conv2d(x, weight, padding=1)
+    else:
+        y = wino.winograd(x, weight, how == "products")
+    dx, dw = torch.autograd.grad(y, (x, weight), dy)
+    return dict(y=y.detach(), dx=dx, dw=dw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("how", ["products", "weights"])
+@pytest.mark.parametrize("layout", [NCHW, LAST], ids=["nchw-weight", "channels_last-weight"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_parity(
+    shape: str, layout: torch.memory_format, how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wino, "_CACHED", 1)  # several steps, the last one short
+    monkeypatch.setattr(wino, "_TILES", 20)
+    size, n = SHAPES[shape]
+    x = torch.randn(size, dtype=dtype).contiguous(memory_format=LAST)
+    weight = torch.randn(n, size[1], 3, 3, dtype=dtype).contiguous(memory_format=layout)
+    dy = torch.randn(size[0], n, *size[2:], dtype=dtype)
+    with poison():
+        ours = convolve(x, weight, dy, how)
+    eager, ref = (
+        convolve(*(t.to(kind) for t in (x, weight, dy)), "eager") for kind in (dtype, torch.float64)
+    )
+    for name, value in ours.items():
+        assert_close64(name, value, eager[name], ref[name])
+    assert_layout(ours["dx"], x)
+    assert_layout(ours["dw"], weight)
+    assert ours["y"].is_contiguous(memory_format=LAST)
+
+
+@pytest.mark.parametrize("mean", [0.0, 10.0])
+def test_error_on_real_sizes(mean: float) -> None:
+    """No more than eager's own, without the factor of two: 2304 products a value, as in a ResNet."""
+    x = (torch.randn(4, 256, 14, 14) + mean).relu().contiguous(memory_format=LAST)
+    weight, dy = torch.randn(256, 256, 3, 3) / 48, torch.randn(4, 256, 14, 14)
+    ours, eager = (convolve(x, weight, dy, how) for how in ("products", "eager"))
+    ref = convolve(x.double(), weight.double(), dy.double(), "eager")
+    for name, t in ref.items():
+        size = 1e-6 * float(t.abs().max())
+        assert float((ours[name] - t).abs().max()) <= float((eager[name] - t).abs().max()) + size, name
+
+
+def test_repeats_bitwise() -> None:
+    x = torch.randn(8, 64, 14, 14).contiguous(memory_format=LAST)
+    weight, dy = torch.randn(64, 64, 3, 3), torch.randn(8, 64, 14, 14)
+    first, second = (convolve(x, weight, dy, "products") for _ in range(2))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_gradcheck_and_second_derivative() -> None:
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64).contiguous(memory_format=LAST).requires_grad_()
+    weight = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(wino.winograd, (x, weight))
+    (g,) = torch.autograd.grad(wino.winograd(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        g.sum().backward()
+
+
+# ------------------------------------------------------------------------------------------------------ in a net
+
+
+def stage() -> fastres.ResLayer:
+    return randomize(fastres.ResLayer(fastres.BasicBlock, 2, 8, 8).to(memory_format=LAST))
+
+
+def test_blocks_by_the_rule() -> None:
+    ours = stage()
+    plain = like(nn.Sequential(Block(8, 8), Block(8, 8)), ours)
+    x, dy = steps((4, 8, 6, 7), (4, 8, 6, 7), 2)
+    with fn.winograd("on"), fn.record_routes() as log:
+        assert_parity(ours, plain, x, dy, layout=LAST)
+    assert {c.route for c in log if c.op == "conv"} == {"winograd"}
+
+
+def test_compiled_in_one_graph() -> None:
+    x, dy = (torch.randn(4, 8, 6, 7).contiguous(memory_format=LAST) for _ in range(2))
+    results = []
+    with fn.winograd("on"):
+        for model in (stage(), torch.compile(stage(), backend="aot_eager", fullgraph=True)):
+            leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            out = model(leaf)
+            out.backward(dy)
+            results.append([out.detach(), leaf.grad, *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_auto_takes_what_was_measured() -> None:
+    def parts(
+        channels: int, pixels: int, dtype: torch.dtype = torch.float32, training: bool = True
+    ) -> tuple[bool, bool]:
+        conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False, dtype=dtype)
+        x = torch.empty(8, channels, pixels, pixels, dtype=dtype, memory_format=LAST)
+        return _cpu.winograd_parts(conv, x, training)
+
+    assert parts(256, 14) == (True, True) and parts(64, 56) == (False, True)
+    assert parts(32, 56) == parts(256, 3) == parts(256, 14, torch.float64) == (False, False)
+    assert parts(256, 14, training=False) == (False, False)
+
+
+# --------------------------------------------------------------------------------------------------- the rules
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["off", "aten", "stride", "dilation", "groups", "bias", "hook", "no_grad", "autocast", "nchw", "reflect",
+     "no gradient", "subclass"],
+)  # fmt: skip
+def test_winograd_stays_away(change: str) -> None:
+    options = {"stride": dict(stride=2), "dilation": dict(dilation=2), "groups": dict(groups=2),
+               "reflect": dict(padding_mode="reflect")}.get(change, {})  # fmt: skip
+    kind = type("Other", (nn.Conv2d,), {}) if change == "subclass" else nn.Conv2d
+    conv = kind(4, 4, 3, padding=1, bias=change == "bias", **options)
+    x = torch.randn(2, 4, 6, 6).contiguous(memory_format=NCHW if change == "nchw" else LAST)
+    with fn.winograd("on"):
+        assert _cpu.winograd_parts(
+            nn.Conv2d(4, 4, 3, padding=1, bias=False), x.to(memory_format=LAST), False
+        )[0]
+    if change == "hook":
+        conv.register_forward_hook(lambda *a: None)
+    if change == "no gradient":
+        conv.requires_grad_(False)
+    with (
+        fn.winograd("off" if change == "off" else "on"),
+        fn.backend("aten" if change == "aten" else "auto"),
+        torch.set_grad_enabled(change != "no_grad"),
+        torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"),
+    ):
+        assert _cpu.winograd_parts(conv, x, True) == (False, False)
+
+
+def test_unknown_mode() -> None:
+    with (
+        pytest.raises(ValueError, match="winograd is 'maybe'; wanted one of auto, on, off"),
+        fn.winograd("maybe"),
+    ):
+        pass
