@@ -16,7 +16,7 @@ from fastres.modules import BasicBlock
 from fastres.variants import ResNetV1d, SEResNet
 from tests.parity import randomize
 
-TINY = dict(stem_channels=8, base_channels=8)
+TINY = dict(stem_channels=8, base_channels=4)
 
 
 def net() -> nn.Sequential:

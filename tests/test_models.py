@@ -20,7 +20,7 @@ from fastres.registry import MODELS
 from fastres.variants import ResNet_CIFAR, ResNetV1c, ResNetV1d, ResNeXt, SELayer, SEResNet
 from tests.parity import randomize
 
-TINY = dict(stem_channels=8, base_channels=8)
+TINY = dict(stem_channels=8, base_channels=4)
 VARIANTS = {
     "resnet18": lambda **o: ResNet(18, **TINY, **o),
     "resnet34": lambda **o: ResNet(34, **TINY, **o),

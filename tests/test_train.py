@@ -37,7 +37,7 @@ model = dict(
         strides=(1, 2), dilations=(1, 1), out_indices=(1,), norm_cfg=dict(type="FusedBN"), drop_path_rate=0.3,
     ),
     neck=dict(type="GlobalAveragePooling"),
-    head=dict(type="LinearClsHead", num_classes=10, in_channels=8, topk=(1, 3)),
+    head=dict(type="LinearClsHead", num_classes=10, in_channels=16, topk=(1, 3)),
 )
 normalize = dict(type="Normalize", mean=[77.8], std=[95.8])
 data = dict(
@@ -468,7 +468,7 @@ def test_data_that_do_not_fit(config, photos, tmp_path, capsys):
     assert "val: no such folder; expected" in error("--data", f"imagefolder:{photos}")
     assert "the data have 10" in error("--cfg-options", "model.head.num_classes=9")
     assert "model: " in error("--cfg-options", "model.backbone.depth=19")
-    assert "head.in_channels: got 16, wanted 8" in error("--cfg-options", "model.head.in_channels=16")
+    assert "head.in_channels: got 8, wanted 16" in error("--cfg-options", "model.head.in_channels=8")
     assert "FusedBN" in error("--cfg-options", "model.backbone.norm_cfg.type=FusedBM")
     assert "samples_per_gpu: got 0, wanted an integer >= 1" in error(
         "--cfg-options", "data.samples_per_gpu=0"
