@@ -309,7 +309,7 @@ def test_first_tile_is_an_outlier(
 ) -> None:
     """The anchor's bound: with T tiles in a chunk the variance loses at most the factor 1 + T to cancellation."""
     monkeypatch.setattr(_launch, "_PROGRAMS", 1)
-    shape, tiles = ((20, 2, 8, 16), 20) if layout == LAST else ((40, 2, 32, 32), 20)
+    shape, tiles = ((20, 2, 8, 8), 20) if layout == LAST else ((40, 2, 32, 32), 20)
     y = activation(shape, layout=layout, mean=1e3)
     y[: shape[0] // tiles] += 100
     plan = _launch.cut(_launch.matrix(y))

@@ -53,11 +53,12 @@ __all__ = [
 TILES: dict[str, dict[bool, tuple[Gemm, Gemm, Gemm]]] = {
     "forward": {True: (Gemm(128, 64, 64, 8, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 64, 32, 4, 2))},
     # Triton 3.6.0 serialises wgmma of dgrad with 8 warps at 64 columns, and of a plain wgrad with 128 columns.
-    "dgrad": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 64, 32, 4, 2))},
+    "dgrad": {True: (Gemm(128, 128, 64, 8, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 64, 32, 4, 2))},
     "wgrad": {True: (Gemm(64, 64, 64, 4, 3), Gemm(64, 64, 64, 4, 3), Gemm(64, 64, 32, 4, 2))},
 }
 for _table in TILES.values():
     _table[False] = (Gemm(64, 64, 32, 4, 2),) * 3
+TILES["forward"][False] = (Gemm(64, 64, 32, 4, 2),) * 2 + (Gemm(64, 32, 32, 4, 2),)  # odd sizes spill at 64 columns
 TILES["dgrad"][False] = (Gemm(64, 64, 32, 8, 2),) * 2 + (Gemm(64, 64, 32, 4, 2),)  # 4 warps spill on sm_100
 
 
