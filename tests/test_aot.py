@@ -23,10 +23,35 @@ WORK = list(aot.work(FAMILIES, sample=bool(OTHER))) if COMPILES else []
 
 pytestmark = pytest.mark.aot
 
+# With Triton 3.6.0 these spill 8 to 56 bytes on sm_80 or sm_100 (none does on sm_90, or with the pinned version). A
+# strict expectation: one that stops to spill, or another that begins to, fails.
+SPILL_3_6_0 = {
+    "pool.pool_backward_kernel-bf16-nchw-16x256-sm_100",
+    "block_start.dgrad2-fp16-128x64x64-sm_100",
+    "block_start.dgrad2-bf16-128x64x64-sm_100",
+    "pointwise_launches.gram1-fp32-64x64x32-sm_100",
+    "pointwise_launches.dz1-bf16-128x64x64-sm_100",
+    "pointwise_launches.dz1-fp16-128x128x64-sm_80",
+    "pointwise_launches.dz2-fp16-128x128x64-sm_80",
+    "pointwise_launches.dz1-bf16-128x128x64-sm_100",
+    "pointwise_launches.dz2-bf16-128x128x64-sm_100",
+}
 
-@pytest.mark.parametrize(
-    ("family", "index", "arch"), WORK, ids=[f"{f}.{aot.cases(f)[i].name}-sm_{a}" for f, i, a in WORK]
-)
+
+def parameters() -> list:
+    """Work for the test below, by names that tell family, case and architecture."""
+    found = []
+    for f, i, a in WORK:
+        name = f"{f}.{aot.cases(f)[i].name}-sm_{a}"
+        known = OTHER == "3.6.0" and name in SPILL_3_6_0
+        marks = (
+            [pytest.mark.xfail(reason="spills a few bytes with Triton 3.6.0", strict=True)] if known else []
+        )
+        found.append(pytest.param(f, i, a, id=name, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("family", "index", "arch"), parameters())
 def test_configuration(family, index, arch):
     case = aot.cases(family)[index]
     assert aot.faults(case, aot.compile_case(case, arch), arch) == []
@@ -127,7 +152,8 @@ def test_shared_memory_and_tensor_cores_are_read():
     compiled = aot.compile_case(case, 90)
     assert compiled.opcodes["HGMMA"] >= 1 and compiled.opcodes["HMMA"] == 0
     assert compiled.shared == 3 * (128 * 64 + 64 * 128) * 2
-    assert aot.faults(case, compiled, 90) == []
+    # Triton 3.6.0 has this plain product's wgmma serialised, which is then the one fault.
+    assert ["C7515" in f for f in aot.faults(case, compiled, 90)] == [True] * (OTHER == "3.6.0")
     deep = case._replace(options={"num_warps": 8, "num_stages": 8})
     assert any("shared memory" in f for f in aot.faults(deep, aot.compile_case(deep, 90), 90))
 

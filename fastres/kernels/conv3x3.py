@@ -58,7 +58,9 @@ TILES: dict[str, dict[bool, tuple[Gemm, Gemm, Gemm]]] = {
 }
 for _table in TILES.values():
     _table[False] = (Gemm(64, 64, 32, 4, 2),) * 3
-TILES["forward"][False] = (Gemm(64, 64, 32, 4, 2),) * 2 + (Gemm(64, 64, 32, 8, 2),)  # 4 warps spill on odd sizes
+TILES["forward"][False] = (Gemm(64, 64, 32, 4, 2),) * 2 + (
+    Gemm(64, 64, 32, 8, 2),
+)  # 4 warps spill on odd sizes
 TILES["dgrad"][False] = (Gemm(64, 64, 32, 8, 2),) * 2 + (Gemm(64, 64, 32, 4, 2),)  # 4 warps spill on sm_100
 
 
