@@ -1,0 +1,372 @@
+"""The end of a residual block, and its start, which is evaluated together with it: which form they take, and taking it.
+
+In order: folded into one convolution where no gradient is wanted (``_inference``); the moment form of the last 1x1
+convolution, after a joint start of the block where that applies; else norm, addition and ReLU in one pass, or ATen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastres import _inference
+from fastres._batch_norm import (
+    Moments,
+    aten_batch_norm,
+    check_bn,
+    check_norm,
+    count_batch,
+    merge_ranks,
+    statistics_of,
+    tracking,
+)
+from fastres._pending import Linked, Pending, fits_norm, fold_pending, foldable, materialize, plain_conv
+from fastres._routing import (
+    BatchNorm,
+    choose,
+    decide,
+    moments_pay,
+    own_conv3x3,
+    record,
+    transformed,
+)
+from fastres.kernels import block_end as moment_form
+from fastres.kernels import residual_add_relu as end_ops
+from fastres.kernels._check import check_activation, check_aten, check_like, fail
+from fastres.kernels.block_start import block_start, start_conv
+
+__all__ = [
+    "add_relu",
+    "add_relu_linked",
+]
+
+
+def _check_keep(op: str, keep: Tensor | None, x: Tensor) -> None:
+    if keep is None:
+        return
+    if not isinstance(keep, Tensor):
+        raise fail(TypeError, op, "keep", keep, "a tensor [N] or None")
+    if keep.dtype.is_complex:
+        raise fail(TypeError, op, "keep", keep, "real factors")
+    if keep.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: keep requires grad; wanted a constant, for it gets no gradient")
+    if keep.dim() != 1 or keep.shape[0] != x.shape[0]:
+        raise fail(ValueError, op, "keep", keep, f"shape [{x.shape[0]}], one factor a sample")
+    if keep.device != x.device:
+        raise fail(ValueError, op, "keep", keep, f"device {x.device}")
+
+
+def _sum_relu(branch: Tensor, identity: Tensor, own: bool) -> Tensor:
+    """relu(branch + identity); in place on the branch where it is ours."""
+    same = branch.dtype == identity.dtype  # asked first: export would put promote_types into the graph
+    if own and (same or branch.dtype == torch.promote_types(branch.dtype, identity.dtype)):
+        return branch.add_(identity).relu_()
+    return (branch + identity).relu_()
+
+
+def _add_relu_tensors(branch: Tensor, identity: Tensor, keep: Tensor | None) -> Tensor:
+    op = "add_relu"
+    check_activation(op, "branch", branch)
+    check_activation(op, "identity", identity)
+    check_like(op, "identity", identity, branch)
+    route = choose(op, branch, (identity,), ())
+    if keep is not None:
+        branch = branch * keep.to(branch.dtype).view(-1, 1, 1, 1)
+    if route == "aten":
+        return _sum_relu(branch, identity, own=keep is not None)
+    return end_ops.add_relu(branch, identity, torch.is_grad_enabled())[0]
+
+
+def _folded_end(branch: Pending, identity: Tensor | Pending, keep: Tensor | None) -> Tensor | str:
+    """The block end in one convolution, or why not."""
+    if keep is not None or not foldable(branch):
+        return ""
+    _fold_inner(branch.x, _carried(branch, identity))
+    if not isinstance(identity, Pending):
+        if not isinstance(identity, Tensor) or torch.is_grad_enabled() and identity.requires_grad:
+            return ""
+        return fold_pending(branch, True, identity)
+    if identity._z is not None or not foldable(identity):
+        return ""
+    x, x2, bn, bn2 = materialize(branch.x), materialize(identity.x), branch.bn, identity.bn
+    both = _inference.convolve_pair(x, branch.conv, bn, fits_norm(bn), x2, identity.conv, bn2, fits_norm(bn2))
+    if isinstance(both, Tensor):
+        return both
+    other = fold_pending(identity, False)  # not kept by the Pending: it will be overwritten
+    own = isinstance(other, Tensor)
+    return fold_pending(branch, True, other if isinstance(other, Tensor) else identity.tensor(), own)
+
+
+def _carried(branch: Pending, identity: Tensor | Pending) -> bool:
+    """Whether every NaN of the block's input reaches its end by the identity: a strided shortcut skips pixels."""
+    root: Tensor | Pending | Linked = branch
+    while isinstance(root, Pending):
+        root = root.x
+    if isinstance(identity, Pending):
+        return identity.x is root and getattr(identity.conv, "stride", None) == (1, 1)
+    return identity is root
+
+
+def _fold_inner(p: Tensor | Pending | Linked, carried: bool) -> None:
+    """Evaluate what lies inside a residual branch."""
+    if isinstance(p, Pending) and p._z is None:
+        _fold_inner(p.x, carried)
+        z = fold_pending(p, p.relu, inner=carried)
+        p._z = z if isinstance(z, Tensor) else None
+
+
+def _pointwise(conv: nn.Module, c: int, dtype: torch.dtype) -> bool:
+    """Whether a module is exactly a 1x1 convolution of this input that nothing else watches or changes."""
+    return (
+        plain_conv(conv)
+        and isinstance(conv, nn.Conv2d)
+        and conv.kernel_size == (1, 1)
+        and conv.padding == (0, 0)
+        and conv.stride[0] == conv.stride[1]
+        and conv.groups == 1
+        and conv.in_channels == c
+        and conv.weight.shape[1] == c
+        and (conv.weight.dtype == dtype or torch.is_autocast_enabled(conv.weight.device.type))
+    )
+
+
+def _operand(p: Pending) -> Tensor | str:
+    """The tensor that the moment form of a pending convolution would read, or why there is none."""
+    if p._y is not None:
+        return "the convolution has been evaluated"
+    if transformed():
+        return "inside a transform of torch.func"
+    source = p.x.out if isinstance(p.x, Linked) else p.x
+    if isinstance(source, Pending):
+        source = source.tensor() if source._z is not None or not source.relu else source.raw()
+    device = source.device.type
+    if source.dim() != 4 or not source.numel() or not source.is_contiguous(memory_format=torch.channels_last):
+        return "input is not channels_last"
+    if torch.is_autocast_enabled(device) and source.dtype != torch.get_autocast_dtype(device):
+        return "input is not in autocast's dtype"
+    if not _pointwise(p.conv, source.shape[1], source.dtype):
+        return "not a plain 1x1 convolution"
+    return source
+
+
+def _start(branch: Pending, identity: Tensor | Pending | Linked) -> Tensor | None:
+    """Evaluate a block's first 1x1 convolution, norm and ReLU together with the identity, where both read the same
+    tensor and a gradient will come back through both; what stands for the identity then, or None.
+    """
+    root = branch
+    while isinstance(root.x, Pending):
+        root = root.x
+    conv, source = root.conv, identity.x if isinstance(identity, Pending) else identity
+    if root is branch or root.x is not source or not root.relu or root._y is not None or root._z is not None:
+        return None
+    if own_conv3x3():  # which applies the first norm itself
+        return None
+    x, bits = (source.out, source.bits) if isinstance(source, Linked) else (source, None)
+    if not (torch.is_grad_enabled() and x.requires_grad) or isinstance(_operand(root), str):
+        return None
+    if conv.stride != (1, 1) or (isinstance(identity, Pending) and isinstance(_operand(identity), str)):
+        return None
+    assert isinstance(conv, nn.Conv2d)
+    n, _, h, w = x.shape
+    route, reason = decide("block_start", x, (), (root.bn,))
+    pays = moments_pay(n * h * w, x.shape[1], conv.out_channels, "block_start", x.element_size())
+    if route == "aten" or not pays:
+        return None
+    check_norm("batch_norm", (n, conv.out_channels, h, w), x.device, root.bn)
+    record("batch_norm", x, route, f"{reason}; block start", (root.bn,))
+    stride = 1
+    if isinstance(identity, Pending):
+        assert isinstance(identity.conv, nn.Conv2d)
+        stride = identity.conv.stride[0]
+    bn = root.once()
+    tracked, momentum = tracking(bn)
+    grouped = bn.training and bn.group is not None
+    running: tuple[Tensor | None, Tensor | None, float] = (None, None, 0.0)
+    if bn.training and not grouped:
+        running = tracked.running_mean, tracked.running_var, momentum
+    y, mean, var = start_conv(x.detach(), conv.weight.detach(), bn.training, *running)
+    if not bn.training:
+        s = statistics_of(y, bn)
+    elif grouped:
+        s = merge_ranks(mean, var, y, bn, tracked, momentum)
+    else:
+        s = Moments(mean, var, None, None)
+        count_batch(bn, tracked)
+    root._moments, root._raw = s, y
+    root._z, read = block_start(
+        x, conv.weight, bn.weight, bn.bias, y, s.mean, s.var, s.values, bits,
+        eps=bn.eps, batch=bn.training, group=s.group, stride=stride,
+    )  # fmt: skip
+    return read
+
+
+def _open_below(p: Pending) -> None:
+    """Replace a link that pending parts read: whoever reads it will not apply the block's ReLU."""
+    while isinstance(p.x, Pending):
+        p = p.x
+    p.x = materialize(p.x)
+
+
+def _opened(p: Tensor | Pending | Linked) -> Tensor | Pending:
+    if isinstance(p, Pending):
+        _open_below(p)
+        return p
+    return materialize(p)
+
+
+def _branch(p: Pending, x: Tensor, read: Tensor | None = None) -> moment_form.Branch:
+    conv, bn = p.conv, p.bn
+    assert isinstance(conv, nn.Conv2d)
+    stride = conv.stride[0]
+    group = bn.group.group_name if bn.training and bn.group is not None else None
+    mine = (x, conv.weight, bn.weight, bn.bias, bn.eps, bn.training, stride, group)
+    if not isinstance(p.x, Pending) or p.x._z is not None:
+        read = x[:, :, ::stride, ::stride] if read is None and stride > 1 else read
+        return moment_form.Branch(*mine, read=read)
+    s, bn0 = p.x.moments(), p.x.bn
+    return moment_form.Branch(
+        *mine, s.mean, s.var, bn0.weight, bn0.bias, bn0.eps, bn0.training, s.values, s.group
+    )
+
+
+def _fold(b: moment_form.Branch, bn: BatchNorm) -> moment_form.Folded:
+    tracked, momentum = tracking(bn)
+    folded = moment_form.fold_branch(b, tracked.running_mean, tracked.running_var, momentum)
+    count_batch(bn, tracked)
+    return folded
+
+
+def _moment_form(
+    branch: Pending, identity: Tensor | Pending, keep: Tensor | None, name: str, read: Tensor | None, linked: bool
+) -> Tensor | Linked | str:  # fmt: skip
+    """The block end without the last convolution's output; or why not, where it does not apply or does not pay."""
+    op, conv = "add_relu", branch.conv
+    if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (1, 1) or conv.stride != (1, 1):
+        return ""
+    x = _operand(branch)
+    other = _operand(identity) if isinstance(identity, Pending) else identity
+    if isinstance(x, str) or isinstance(other, str):
+        return f"no moment form: {x if isinstance(x, str) else other}"
+    (n, c, h, w), out = x.shape, conv.out_channels
+    if other.dtype != x.dtype or not other.is_contiguous(memory_format=torch.channels_last):
+        return "no moment form: the identity has another dtype or layout"
+    if n * h * w < 4 * max(c, other.shape[1] if isinstance(identity, Pending) else 0):
+        return "no moment form: fewer than four rows a channel"
+    kind = "pair_end" if isinstance(identity, Pending) else "block_end"
+    if not moments_pay(n * h * w, out, c, kind, x.element_size()):
+        return "moment form: off, or does not pay by the model or the tuning table"
+    route, reason = decide(kind, x, (), (branch.bn,))
+    if route == "aten":
+        return ""
+    check_norm(op, (n, out, h, w), x.device, branch.bn)
+    _check_keep(op, keep, x)
+    second = folded2 = None
+    if isinstance(identity, Pending):
+        assert isinstance(identity.conv, nn.Conv2d)
+        size = [(d - 1) // identity.conv.stride[0] + 1 for d in other.shape[2:]]
+        if [other.shape[0], identity.conv.out_channels, *size] != [n, out, h, w]:
+            raise fail(ValueError, op, "identity", other, f"a downsample to shape {[n, out, h, w]}")
+        check_norm(op, (n, out, h, w), x.device, identity.bn)
+    elif other.shape != (n, out, h, w):
+        raise fail(ValueError, op, name, other, f"shape {[n, out, h, w]}")
+    if isinstance(branch.x, Pending) and branch.x._z is None:
+        check_bn("batch_norm", x, branch.x.bn)
+    record(op, x, route, f"{reason}; moment form", (branch.bn,))
+    first = _branch(branch, x)
+    folded = _fold(first, branch.once())
+    if isinstance(identity, Pending):
+        second = _branch(identity, other, read)
+        folded2 = _fold(second, identity.once())
+    linked = linked and out > 1  # with one channel the mask's bytes depend on how the layout is read
+    result, bits = moment_form.block_end(
+        first, folded, None if second else other, second, folded2, keep, linked
+    )
+    return Linked(result, bits) if linked else result
+
+
+def add_relu(
+    branch: Tensor | Pending, identity: Tensor | Pending | Linked, keep: Tensor | None = None
+) -> Tensor:
+    """The end of a residual block: ``relu(keep_n * branch + identity)``.
+
+    Args:
+        branch: [N, C, H, W], or the pending last convolution and norm of the branch (without ReLU).
+        identity: the same, or the pending downsample convolution and norm, or the output of the block before.
+        keep: [N] factor of each sample's branch (drop path: 0 or 1 / keep probability), or None.
+
+    Returns:
+        [N, C, H, W] in the branch's dtype and strides.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before any running statistics of this call are touched.
+    """
+    return materialize(_add_relu(branch, identity, keep, False))
+
+
+def add_relu_linked(
+    branch: Tensor | Pending, identity: Tensor | Pending | Linked, keep: Tensor | None = None
+) -> Tensor | Linked:  # fmt: skip
+    """As :func:`add_relu`, for a result that nothing but the next block's functions will see."""
+    return _add_relu(branch, identity, keep, torch.is_grad_enabled())
+
+
+def _add_relu(
+    branch: Tensor | Pending, identity: Tensor | Pending | Linked, keep: Tensor | None, linked: bool
+) -> Tensor | Linked:  # fmt: skip
+    op, name = "add_relu", "identity"
+    if isinstance(branch, Pending) and branch.relu or isinstance(identity, Pending) and identity.relu:
+        raise ValueError("add_relu: a pending operand has a ReLU of its own; wanted conv_bn without ReLU")
+    if not isinstance(branch, Pending):
+        identity = _opened(identity)
+        check_activation(op, "branch", branch)
+        _check_keep(op, keep, branch)
+        if not isinstance(identity, Pending):
+            return _add_relu_tensors(branch, identity, keep)
+        if keep is not None:
+            branch = branch * keep.to(branch.dtype).view(-1, 1, 1, 1)
+        # A sum: the pending one takes the branch's part.
+        branch, identity, keep, name = identity, branch, None, "branch"
+    unfolded = ""
+    if not isinstance(identity, Linked):  # which has a gradient
+        folded = _folded_end(branch, identity, keep)
+        if isinstance(folded, Tensor):
+            return folded
+        unfolded = folded
+    read = _start(branch, identity)
+    if read is None:
+        _open_below(branch)
+        identity = _opened(identity)
+    elif not isinstance(identity, Pending):
+        identity = read
+    assert not isinstance(identity, Linked)
+    out = _moment_form(branch, identity, keep, name, read, linked)
+    if not isinstance(out, str):
+        return out
+    bn = branch.bn
+    id_bn = identity.bn if isinstance(identity, Pending) else None
+    y = branch.raw()
+    check_bn(op, y, bn)
+    _check_keep(op, keep, y)
+    other = identity.raw() if isinstance(identity, Pending) else identity
+    check_activation(op, name, other)
+    check_like(op, name, other, y)
+    if id_bn is not None:
+        check_bn(op, other, id_bn)
+    if choose(op, y, (other,), (bn,) if id_bn is None else (bn, id_bn), unfolded or out) == "aten":
+        check_aten(op, y, bn)
+        if id_bn is not None:
+            check_aten(op, other, id_bn)
+        z = aten_batch_norm(y, branch.once())
+        if keep is not None:
+            z = z * keep.to(z.dtype).view(-1, 1, 1, 1)
+        if isinstance(identity, Pending):
+            other = aten_batch_norm(other, identity.once())
+        return _sum_relu(z, other, own=True)
+    s = branch.moments()
+    mine = (y, s.mean, s.var, bn.weight, bn.bias, bn.eps, bn.training, s.values, s.group)
+    save = torch.is_grad_enabled()
+    if id_bn is None or not isinstance(identity, Pending):
+        return end_ops.bn_add_relu(*mine, other, keep, save)[0]
+    t = identity.moments()
+    theirs = (other, t.mean, t.var, id_bn.weight, id_bn.bias, id_bn.eps, id_bn.training, t.values, t.group)
+    return end_ops.bn_add_bn_relu(*mine, *theirs, keep, save)[0]
