@@ -30,6 +30,7 @@ __all__ = [
     "count_batch",
     "merge_ranks",
     "noted_batch_norm",
+    "recomputing",
     "statistics_of",
     "tracking",
     "untracked",
@@ -63,7 +64,7 @@ def check_norm(op: str, shape: tuple[int, int, int, int], device: torch.device, 
         )
 
 
-def _recomputing() -> bool:
+def recomputing() -> bool:
     """True while autograd runs a backward: a forward there is activation checkpointing's second one."""
     if torch.compiler.is_compiling():
         return False
@@ -80,7 +81,7 @@ def tracking(bn: BatchNorm) -> tuple[BatchNorm, float]:
     """
     if not bn.training or bn.running_mean is None or bn.running_var is None:
         return bn, 0.0
-    if _recomputing():
+    if recomputing():
         return untracked(bn), 0.0
     momentum = bn.momentum
     if momentum is None:

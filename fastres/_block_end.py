@@ -20,6 +20,7 @@ from fastres._batch_norm import (
     statistics_of,
     tracking,
 )
+from fastres._casts import low_weight
 from fastres._pending import Linked, Pending, fits_norm, fold_pending, foldable, materialize, plain_conv
 from fastres._routing import (
     BatchNorm,
@@ -184,7 +185,8 @@ def _start(branch: Pending, identity: Tensor | Pending | Linked) -> Tensor | Non
     running: tuple[Tensor | None, Tensor | None, float] = (None, None, 0.0)
     if bn.training and not grouped:
         running = tracked.running_mean, tracked.running_var, momentum
-    y, mean, var = start_conv(x.detach(), conv.weight.detach(), bn.training, *running)
+    low = low_weight(conv.weight, x)
+    y, mean, var = start_conv(x.detach(), low, bn.training, *running)
     if not bn.training:
         s = statistics_of(y, bn)
     elif grouped:
@@ -194,7 +196,7 @@ def _start(branch: Pending, identity: Tensor | Pending | Linked) -> Tensor | Non
         count_batch(bn, tracked)
     root._moments, root._raw = s, y
     root._z, read = block_start(
-        x, conv.weight, bn.weight, bn.bias, y, s.mean, s.var, s.values, bits,
+        x, conv.weight, low, bn.weight, bn.bias, y, s.mean, s.var, s.values, bits,
         eps=bn.eps, batch=bn.training, group=s.group, stride=stride,
     )  # fmt: skip
     return read

@@ -15,6 +15,7 @@ from fastres._batch_norm import (
     statistics_of,
     untracked,
 )
+from fastres._casts import cast_weight
 from fastres._convolution import own_geometry
 from fastres._routing import (
     BatchNorm,
@@ -184,7 +185,10 @@ def _convolve(conv: nn.Module, x: Tensor, bn: BatchNorm) -> Tensor:
     """The module called, or its form on a CPU."""
     products, weights = _cpu.winograd_parts(conv, x, bn.training)
     if not weights:
-        return conv(x)
+        if not isinstance(conv, nn.Conv2d) or not plain_conv(conv):
+            return conv(x)
+        low = cast_weight(conv.weight, x.device)
+        return conv(x) if low is None else conv._conv_forward(x, low, None)
     assert isinstance(conv, nn.Conv2d)
     record("conv", x, "winograd", "cpu: measured" + ("" if products else "; weight gradient only"), (bn,))
     return winograd_conv(x, conv.weight, products)
@@ -194,8 +198,17 @@ def _conv_keeping_raw(x: Pending, conv: nn.Module) -> Tensor:
     assert isinstance(conv, nn.Conv2d) and x._raw is not None
     s, bn = x.moments(), x.bn
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    low = cast_weight(conv.weight, x._raw.device)
     return recomputed_conv(
-        x.tensor(), conv.weight, x._raw, s.mean, s.var, bn.weight, bn.bias, bn.eps, geometry
+        x.tensor(),
+        conv.weight if low is None else low,
+        x._raw,
+        s.mean,
+        s.var,
+        bn.weight,
+        bn.bias,
+        bn.eps,
+        geometry,
     )
 
 

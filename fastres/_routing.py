@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["BACKENDS", "CONV3X3", "MEMORY", "MOMENTS", "BatchNorm", "Choice", "assume_gpu", "backend", "choose",
-           "conv3x3", "decide", "decide_folded", "folding", "get_backend", "get_folding", "memory", "moments",
+           "conv3x3", "decide", "decide_folded", "folding", "fuses", "get_backend", "get_folding", "memory", "moments",
            "moments_pay", "own_conv3x3", "recomputes", "record", "record_routes", "transformed"]  # fmt: skip
 
 BACKENDS = ("auto", "triton", "aten", "reference")
@@ -291,6 +291,14 @@ def decide(op: str, x: Tensor, others: tuple[Tensor, ...], bns: tuple[BatchNorm,
             )
         route, reason = "reference", "statistics over a process group: plain-torch operators"
     return route, reason
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether fused operators may serve activations on ``x``'s device."""
+    asked = _Setting.backend
+    return asked == "reference" or (
+        asked != "aten" and (x.is_cuda or asked == "triton" or bool(_Setting.assumed))
+    )
 
 
 def _fused_obstacle(x: Tensor, others: tuple[Tensor, ...]) -> str:

@@ -64,11 +64,12 @@ class Start(nn.Module):
     def ours(self, x: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
         bn = self.bn
         running = (bn.running_mean, bn.running_var) if bn.training else (None, None)
-        y, mean, var = start_conv(x.detach(), self.conv.weight.detach(), bn.training, *running, 0.1)
+        low = self.conv.weight.detach().to(x.dtype)
+        y, mean, var = start_conv(x.detach(), low, bn.training, *running, 0.1)
         if not bn.training:
             mean, var = bn.running_mean, bn.running_var
         return block_start(
-            x, self.conv.weight, bn.weight, bn.bias, y, mean, var, bits=bits, eps=bn.eps, batch=bn.training,
+            x, self.conv.weight, low, bn.weight, bn.bias, y, mean, var, bits=bits, eps=bn.eps, batch=bn.training,
             stride=self.stride,
         )  # fmt: skip
 

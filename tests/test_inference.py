@@ -364,7 +364,7 @@ def test_operators_are_well_registered(randn):
     y = torch.nn.functional.conv2d(x, w, b, 2, 1, 1, 2)
     for other in (None, torch.randn_like(y)):
         args = (x, w, b, other, [2, 2], [1, 1], [1, 1], 2, True)
-        opcheck(folded_conv.folded_conv, args, test_utils=("test_schema", "test_faketensor"))
+        opcheck(folded_conv.folded_conv.op, args, test_utils=("test_schema", "test_faketensor"))
         want = y if other is None else y + other
         assert torch.allclose(folded_conv.folded_conv(*args), want.relu(), atol=1e-5)
 

@@ -23,6 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("_routing", "_convolution", "_cpu"),
     ("_folding", "_inference"),
     ("_batch_norm",),
+    ("_casts",),
     ("_pending",),
     ("_block_end",),
     ("functional", "functional.*"),

@@ -55,14 +55,11 @@ def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
 def _contiguous_vectors(triton: Callable[..., Any], schema: str) -> Callable[..., Any]:
     """Kernels read vectors by index: a strided or expanded one is copied first, and back where it is updated."""
     arguments = torch._C.parse_schema(f"{NAMESPACE}::{schema}").arguments
-    tensors = [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
-    updated = [i for i in tensors if arguments[i].alias_info is not None]
+    updated = [i for i, a in enumerate(arguments) if a.alias_info is not None]
 
     @functools.wraps(triton)
     def run(*args: Any) -> Any:
-        strided = [
-            i for i in tensors if (a := args[i]) is not None and a.dim() == 1 and not a.is_contiguous()
-        ]
+        strided = [i for i, a in enumerate(args) if isinstance(a, Tensor) and _strided(a)]
         if not strided:
             return triton(*args)
         given = [a.contiguous() if i in strided else a for i, a in enumerate(args)]
@@ -73,6 +70,53 @@ def _contiguous_vectors(triton: Callable[..., Any], schema: str) -> Callable[...
         return result
 
     return run
+
+
+def _strided(a: Tensor) -> bool:
+    return a.dim() == 1 and not a.is_contiguous()
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_interpreters = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_profiled = torch.autograd._profiler_enabled
+
+
+def _watched() -> bool:
+    """Whether anything but autograd has to see the operators that run: a compiler, a transform, a mode, a profiler."""
+    return bool(
+        torch.compiler.is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _interpreters() is not None
+        or _profiled()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _direct(op: Any, triton: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator; or its launcher itself, where all that the dispatcher would do is call that.
+
+    The dispatcher, which autograd makes every call enter twice, takes as much host time as a launcher.
+    """
+
+    @functools.wraps(triton)
+    def call(*args: Any) -> Any:
+        if _watched():
+            return op(*args)
+        grad = torch.is_grad_enabled()
+        for a in args:
+            if isinstance(a, Tensor) and (
+                type(a) not in _PLAIN
+                or not (a.is_cuda or INTERPRET)
+                or (grad and a.requires_grad)
+                or _strided(a)
+            ):
+                return op(*args)
+        return triton(*args)
+
+    call.op = op  # type: ignore[attr-defined]
+    return call
 
 
 def register(
@@ -86,7 +130,7 @@ def register(
     differentiable: bool = True,
     traffic: Callable[..., Traffic] | None = None,
 ) -> Callable[..., Any]:
-    """Register an operator and return its callable.
+    """Register an operator and return what calls it; the ``OpOverload`` itself is the attribute ``op`` of that.
 
     Args:
         schema: torch schema without the namespace, ``name(Tensor y, ...) -> Tensor``.
@@ -101,10 +145,10 @@ def register(
     REFERENCES[name] = reference
     if traffic is not None:
         TRAFFIC[name] = traffic
-    triton = _contiguous_vectors(triton, schema)
+    launcher = _contiguous_vectors(triton, schema)
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, triton if INTERPRET else _without_autocast(reference), "CPU")
-    _LIBRARY.impl(name, triton, "CUDA")
+    _LIBRARY.impl(name, launcher if INTERPRET else _without_autocast(reference), "CPU")
+    _LIBRARY.impl(name, launcher, "CUDA")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if backward is not None:
@@ -118,4 +162,5 @@ def register(
             )
 
         torch.library.register_autograd(qualified, refuse, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return _direct(op, triton)

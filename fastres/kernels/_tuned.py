@@ -187,6 +187,7 @@ def active() -> Table:
     """The table in force, read once: the first CUDA device's, or none without one."""
     if _State.table is None:
         if not torch.cuda.is_available():
+            _State.table = EMPTY
             return EMPTY
         _State.table = load(torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0))
     return _State.table

@@ -9,7 +9,7 @@
                 dW = dy^T x                                          two-stage, in a fixed order
     mask        where x is the output of a block (``bits``), its gradient leaves here with that block's ReLU applied:
                 it is that block's g. Without bits dx is not masked.
-    saved       x and W as the convolution alone; y, the vectors, and the bits
+    saved       x and W, in the dtype of x, as the convolution alone; y, the vectors, and the bits
     rounding    y as stored is what is measured; dy and dx are rounded once. Eager rounds dy W and then the sum.
     traffic     forward R x, W y (z is the norm's own pass); backward R dz, y (sums), R dz, y, didentity, bits,
                 W dy, dx, then R dy, x. Left to autograd: a pass more for statistics, dy read once more, dy W
@@ -225,18 +225,20 @@ class _BlockStart(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, y: Tensor, mean: Tensor,
-        var: Tensor, count: Tensor | None, bits: Tensor | None, eps: float, batch: bool, group: str | None, stride: int,
+        ctx: Any, x: Tensor, weight: Tensor, low: Tensor, gamma: Tensor | None, beta: Tensor | None, y: Tensor,
+        mean: Tensor, var: Tensor, count: Tensor | None, bits: Tensor | None, eps: float, batch: bool,
+        group: str | None, stride: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, gamma, beta, y, mean, var, count, bits)
+        ctx.save_for_backward(x, low, gamma, beta, y, mean, var, count, bits)
+        ctx.dtype = weight.dtype
         ctx.eps, ctx.batch, ctx.group, ctx.stride = eps, batch, group, stride
         z = batch_norm_act(y, mean, var, gamma, beta, eps, True, batch, count, group)
         return z, x[:, :, ::stride, ::stride]
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor | None, did: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, gamma, beta, y, mean, var, count, bits = ctx.saved_tensors
+        x, low, gamma, beta, y, mean, var, count, bits = ctx.saved_tensors
         need = ctx.needs_input_grad
         if dz is None:
             dz = torch.zeros_like(y)
@@ -244,26 +246,26 @@ class _BlockStart(torch.autograd.Function):
         sums: Any = (None, None)
         totals: Any = (None, None)
         scale = 0.0
-        if ctx.batch or need[2] or need[3]:
+        if ctx.batch or need[3] or need[4]:
             sums = batch_norm_reduce(dz, *norm, True)
         if ctx.batch:
             totals, scale = over_group(sums, y, count, ctx.group)
         dx = dw = None
         if need[0]:
-            dx, dy = dgrad(dz, *norm, *totals, scale, weight, did, bits, x, ctx.stride)
+            dx, dy = dgrad(dz, *norm, *totals, scale, low, did, bits, x, ctx.stride)
         else:
             dy = batch_norm_backward(dz, *norm, True, None, *totals, scale)
         if need[1]:
             flat, _ = p_sums(dy, None, x, None, None, None, None, 0.0, False, None, None, None, 1, None)
-            dw = flat[: weight.numel()].view(weight.shape).to(weight.dtype)
-        dgamma = sums[1].to(gamma.dtype) if need[2] else None
-        dbeta = sums[0].to(beta.dtype) if need[3] else None
-        return dx, dw, dgamma, dbeta, *(None,) * 9
+            dw = flat[: low.numel()].view(low.shape).to(ctx.dtype)
+        dgamma = sums[1].to(gamma.dtype) if need[3] else None
+        dbeta = sums[0].to(beta.dtype) if need[4] else None
+        return dx, dw, None, dgamma, dbeta, *(None,) * 9
 
 
 def block_start(
-    x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, y: Tensor, mean: Tensor, var: Tensor,
-    count: Tensor | None = None, bits: Tensor | None = None, *, eps: float = 1e-5, batch: bool = True,
+    x: Tensor, weight: Tensor, low: Tensor, gamma: Tensor | None, beta: Tensor | None, y: Tensor, mean: Tensor,
+    var: Tensor, count: Tensor | None = None, bits: Tensor | None = None, *, eps: float = 1e-5, batch: bool = True,
     group: str | None = None, stride: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The activation after the first convolution and norm, and the identity of a block.
@@ -271,6 +273,7 @@ def block_start(
     Args:
         x: [B, Cin, H, W], channels_last, float32, float16 or bfloat16 (float64 on the CPU).
         weight: [Cout, Cin, 1, 1], any floating dtype.
+        low: the weight in x's dtype, without a gradient.
         gamma, beta: [Cout], or None.
         y, mean, var: the convolution's output and its statistics, from ``start_conv``; or running statistics.
         count, group: values a channel over the process group that the statistics were merged over, and its name.
@@ -281,7 +284,9 @@ def block_start(
     Returns:
         z [B, Cout, H, W] and the view x[:, :, ::stride, ::stride]; to be used in place of x for the identity.
     """
-    return _BlockStart.apply(x, weight, gamma, beta, y, mean, var, count, bits, eps, batch, group, stride)
+    return _BlockStart.apply(
+        x, weight, low, gamma, beta, y, mean, var, count, bits, eps, batch, group, stride
+    )
 
 
 def _cases(which: tuple[int, ...]) -> Iterator[Case]:
