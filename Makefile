@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 INPUTS := setup.py pyproject.toml constraints.txt fastres/_version.py
 
-.PHONY: help demo test lint docs bench aot clean
+.PHONY: help demo test lint docs bench aot record clean
 .NOTPARALLEL:
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make docs   the documentation site, into build/site"
 	@echo "make bench  eager against fastres on this machine's device"
 	@echo "make aot    what every kernel compiles to for sm_80, sm_90 and sm_100"
+	@echo "make record the same for the tables in tests/compiled, after a kernel has changed (both versions of Triton)"
 	@echo "make clean  remove the environment and caches"
 
 demo: $(VENV)/.ready-train
@@ -39,6 +40,9 @@ bench: $(VENV)/.ready-test
 
 aot: $(VENV)/.ready-test
 	$(BIN)/python -m tests.aot --report $(ARGS)
+
+record: $(VENV)/.ready-test
+	$(BIN)/python tests/run.py --record
 
 # $(call install,EXTRA): the environment carries a mark while pip works on it. A mark found at the start is that of an
 # interrupted run, whose half-installed packages pip would trust, so the environment is then made anew.

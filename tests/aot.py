@@ -97,19 +97,12 @@ def cases(family: str) -> list[Case]:
     return aligned + odd
 
 
-def work(
-    names: list[str], archs: Sequence[int] = ARCHS, sample: bool = False
-) -> Iterator[tuple[str, int, int]]:
-    """(family, index of the case, architecture) of everything to compile; odd sizes for sm_90 only.
-
-    With ``sample``, for a second version of Triton: everything for sm_90, and for the others all matrix products, whose
-    pipelines are where versions differ, and every eighth of the rest.
-    """
+def work(names: list[str], archs: Sequence[int] = ARCHS) -> Iterator[tuple[str, int, int]]:
+    """(family, index of the case, architecture) of everything to compile; odd sizes for sm_90 only."""
     for family in names:
         for i, case in enumerate(cases(family)):
             for arch in archs:
-                taken = not sample or "num_stages" in case.options or i % 8 == 0
-                if arch == 90 or (taken and not is_odd(case)):
+                if arch == 90 or not is_odd(case):
                     yield family, i, arch
 
 
@@ -252,7 +245,11 @@ def _job(family: str, index: int, arch: int) -> Row:
 
 def compile_all(names: list[str], archs: list[int], match: str = "", jobs: int = 2) -> Iterator[Row]:
     """A row per configuration and architecture, in order, compiled in ``jobs`` processes."""
-    todo = [(f, i, a) for f, i, a in work(names, archs) if match in cases(f)[i].name]
+    yield from compile_work([w for w in work(names, archs) if match in cases(w[0])[w[1]].name], jobs)
+
+
+def compile_work(todo: list[tuple[str, int, int]], jobs: int = min(os.cpu_count() or 1, 8)) -> Iterator[Row]:
+    """The same for (family, index of the case, architecture)."""
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(_job, *zip(*todo, strict=True), chunksize=4) if todo else ()
 

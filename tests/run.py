@@ -97,6 +97,19 @@ def other_triton() -> Path | str:
     return folder
 
 
+def record() -> int:
+    """Bring the tables of what every launch compiles to up to date, for both versions of Triton."""
+    other, code = other_triton(), 0
+    for path in ("", other):
+        if path and isinstance(path, str):
+            print(path)
+            return 1
+        paths = [str(p) for p in (path, os.environ.get("PYTHONPATH")) if p]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        code |= subprocess.run([sys.executable, "-m", "tests.compiled"], cwd=ROOT, env=env).returncode
+    return code
+
+
 def run_phase(name: str, expression: str, extra: list[str]) -> Result:
     env = dict(os.environ)
     env.pop("TRITON_INTERPRET", None)
@@ -129,7 +142,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=["lint", *PHASES], help="one part instead of all")
+    parser.add_argument("--record", action="store_true", help="bring tests/compiled up to date, and no tests")
     args, extra = parser.parse_known_args()
+    if args.record:
+        return record()
     results = []
     if args.only == "lint" or (args.only is None and not extra):
         results += [run_lint(name, command) for name, command in LINT.items()]

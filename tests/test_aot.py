@@ -1,12 +1,13 @@
 """Every configuration that can be chosen compiles for sm_80, sm_90 and sm_100, and keeps its promises there.
 
-AOT_TRITON names the version of Triton that must be the imported one, where it is not the installed one: then all is
-compiled for sm_90, and a sample for the others (``aot.work``).
+What has been compiled is kept in tables (``tests/compiled.py``); what is not in them is compiled here. AOT_TRITON names
+the version of Triton that must be the imported one, where it is not the installed one.
 """
 
 from __future__ import annotations
 
 import importlib
+import linecache
 import os
 from collections import Counter
 
@@ -15,11 +16,13 @@ import pytest
 from fastres.kernels._aot import Case
 from fastres.kernels._triton import HAS_TRITON, INTERPRET, tl, triton
 from tests import aot
+from tests import compiled as table
 
 COMPILES = HAS_TRITON and not INTERPRET
 FAMILIES = aot.families()
 OTHER = os.environ.get("AOT_TRITON", "")
-WORK = list(aot.work(FAMILIES, sample=bool(OTHER))) if COMPILES else []
+WORK = list(aot.work(FAMILIES)) if COMPILES else []
+SAMPLE = WORK[5::24]  # compiled although the table has them
 
 pytestmark = pytest.mark.aot
 
@@ -54,18 +57,59 @@ def parameters() -> list:
 @pytest.mark.parametrize(("family", "index", "arch"), parameters())
 def test_configuration(family, index, arch):
     case = aot.cases(family)[index]
-    assert aot.faults(case, aot.compile_case(case, arch), arch) == []
+    known = table.rows().get(table.key(case, arch))
+    result = aot.compile_case(case, arch) if known is None else table.compiled(known)
+    assert aot.faults(case, result, arch) == []
+
+
+@pytest.mark.parametrize(("family", "index", "arch"), SAMPLE)
+def test_the_table_tells_what_is_compiled(family, index, arch):
+    case = aot.cases(family)[index]
+    known = table.rows().get(table.key(case, arch))
+    if known is None:
+        pytest.skip("not in the table: compiled in the test above")
+    now = table.row(family, case, arch, aot.compile_case(case, arch))
+    same = dict.fromkeys(("family", "case"))  # two cases may be one kernel launch
+    assert now | same == known | same
+
+
+def test_the_table_has_every_configuration_and_no_other():
+    if not table.rows():
+        pytest.skip(f"no table for Triton {table.version()}: every configuration was compiled")
+    wanted = {table.key(aot.cases(f)[i], a) for f, i, a in WORK}
+    known = set(table.rows())
+    told = f"{len(wanted - known)} missing, {len(known - wanted)} too many"
+    assert wanted == known, f"{told}: run python -m tests.compiled with Triton {table.version()}"
+
+
+def test_whatever_decides_the_code_decides_the_key(monkeypatch):
+    case = next(c for c in aot.cases("batch_norm"))
+    keys = {table.key(case, 90), table.key(case, 80)}
+    keys.add(table.key(case._replace(options=dict(case.options, num_warps=16)), 90))
+    keys.add(table.key(case._replace(constants=dict(case.constants, B0=8)), 90))
+    keys.add(table.key(case._replace(aligned=[]), 90))
+    keys.add(table.key(case._replace(signature=dict(case.signature, eps="fp64")), 90))
+    monkeypatch.setattr(table, "version", lambda: "0.0.0")
+    keys.add(table.key(case, 90))
+    assert len(keys) == 7
+
+
+def test_a_function_that_a_kernel_calls_decides_its_key():
+    source = "def scale(v):\n    return v * {}\n\n\ndef k_kernel(x_ptr):\n    tl.store(x_ptr, scale(tl.load(x_ptr)))\n"
+    keys = set()
+    for i, factor in enumerate((2, 3)):
+        path = f"/generated/{i}.py"
+        text = source.format(factor)
+        linecache.cache[path] = (len(text), None, text.splitlines(True), path)
+        space: dict = {"tl": tl, "__name__": "generated"}
+        exec(compile(text, path, "exec"), space)
+        space["scale"] = triton.jit(space["scale"])
+        keys.add(table.key(Case("k", triton.jit(space["k_kernel"]), {"x_ptr": "*fp32"}, {}, {}, []), 90))
+    assert len(keys) == 2
 
 
 def test_the_version_is_the_one_asked_for():
     assert OTHER in ("", triton.__version__)
-
-
-def test_a_sample_has_all_of_sm_90_and_every_product():
-    everything, sample = (set(aot.work(FAMILIES, sample=s)) for s in (False, True))
-    left = everything - sample
-    assert left and not any(a == 90 or "num_stages" in aot.cases(f)[i].options for f, i, a in left)
-    assert {(f, a) for f, _, a in sample} == {(f, a) for f, _, a in everything}
 
 
 def test_every_kernel_is_compiled():
