@@ -1,9 +1,9 @@
-"""What a CPU does in training beside ATen's own operators: the rules, as measured, and the switches.
+"""What a CPU does beside ATen's own operators and oneDNN's fused ones: the rules, as measured, and the switches.
 
-On a CPU ``auto`` takes ATen's operators, except that 3x3 convolutions of stride 1 take Winograd's form, or their weight
-gradient alone does, where that is faster by the figures of docs/CPU.md. It needs channels_last, gradients enabled, no
-autocast; ``auto`` takes it for float32 and batch statistics only. ``backend("aten")`` turns it off, and
-``winograd("on" | "off")`` or FASTRES_WINOGRAD says so alone.
+In training ``auto`` takes ATen's operators on a CPU, except that 3x3 convolutions of stride 1 take Winograd's form, or
+their weight gradient alone does, where that is faster by the figures of docs/CPU.md. It needs channels_last, gradients
+enabled, no autocast; ``auto`` takes it for float32 and batch statistics only. ``backend("aten")`` turns it off, and
+``winograd("on" | "off")`` or FASTRES_WINOGRAD says so alone. Folded convolutions have a rule of their own.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from fastres import _routing
 from fastres.kernels._triton import INTERPRET
+from fastres.kernels.folded_conv import Geometry
 
-__all__ = ["WINOGRAD", "obstacle", "winograd", "winograd_parts"]
+__all__ = ["WINOGRAD", "obstacle", "winograd", "winograd_parts", "winograd_pays"]
 
 WINOGRAD = ("auto", "on", "off")
 
@@ -31,7 +32,7 @@ class _Setting:
 
 @contextmanager
 def winograd(mode: str) -> Iterator[None]:
-    """Whether 3x3 convolutions take Winograd's form in training on a CPU: ``on`` wherever it applies, ``off``, or
+    """Whether 3x3 convolutions take Winograd's form on a CPU: ``on`` wherever it applies, ``off``, or
     ``auto``, where it was measured to be faster (process-wide). ValueError for another mode."""
     before, _Setting.winograd = _Setting.winograd, _routing._known(mode, "winograd", WINOGRAD)
     try:
@@ -53,6 +54,17 @@ def obstacle(x: Tensor) -> str:
     if x.dim() != 4 or not x.numel() or not x.is_contiguous(memory_format=torch.channels_last):
         return "input is not channels_last"
     return ""
+
+
+def winograd_pays(conv: nn.Conv2d, g: Geometry, out: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether a folded 3x3 convolution to a result of shape ``out`` takes Winograd's form in inference: a rule, from
+    figures in docs/INFERENCE.md."""
+    if _Setting.winograd == "off" or dtype != torch.float32 or conv.kernel_size != (3, 3):
+        return False
+    if g != ((1, 1), (1, 1), (1, 1), 1):
+        return False
+    tiles = out[0] * (-(-out[2] // 2)) * (-(-out[3] // 2))
+    return _Setting.winograd == "on" or (tiles >= 128 and min(conv.in_channels, conv.out_channels) >= 256)
 
 
 def winograd_parts(conv: nn.Module, x: Tensor, training: bool) -> tuple[bool, bool]:

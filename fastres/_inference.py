@@ -6,7 +6,10 @@ one after the other. Nothing here changes a module; folded weights are kept by :
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -15,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastres import _folding
+from fastres._cpu import winograd_pays
 from fastres._routing import BatchNorm, decide_folded, get_folding, record
 from fastres.kernels import fused_conv_bn_relu as pointwise_ops
 from fastres.kernels.folded_conv import (
@@ -27,13 +31,41 @@ from fastres.kernels.folded_conv import (
     onednn_conv,
     pack,
 )
+from fastres.kernels.winograd import winograd_folded, winograd_weight
 
-__all__ = ["Check", "conv_add_relu", "convolve", "convolve_pair", "inference_layout", "off"]
+__all__ = ["Check", "conv_add_relu", "convolve", "convolve_pair", "images", "inference_layout", "off"]
 
 LAST = torch.channels_last
+_LAST_LIKE = torch.empty(1, 2, 2, 2).contiguous(memory_format=LAST)  # any float32 activation in channels_last
 Check = Callable[
     [tuple[int, ...], Tensor], None
 ]  # of a norm against the convolution's output shape and input
+
+
+class _Forward(threading.local):
+    """Of the forward of a network in this thread: whether its images, and all weights so far, are finite."""
+
+    finite: bool = False
+
+
+_now = _Forward()
+
+
+@contextmanager
+def images(x: Tensor) -> Iterator[None]:
+    """Around the forward of a network of images ``x`` [N, C, H, W]. On a CPU, where they are finite, every ReLU may be
+    fused, although oneDNN's turns NaN into 0: none can arise, unless values overflow. Checking costs one sum."""
+    before = _now.finite
+    if off() or torch.is_grad_enabled() or x.device.type != "cpu" or not _plain(x) or _fake(x):
+        yield
+        return
+    _now.finite = decide_folded("conv_bn", _LAST_LIKE.to(x.dtype), (), False)[0] == "onednn" and isfinite(
+        x.sum()
+    )
+    try:
+        yield
+    finally:
+        _now.finite = before
 
 
 def off() -> bool:
@@ -75,9 +107,16 @@ class _Layer(NamedTuple):
             f = fold(*sources[:6], sources.eps, x.dtype, torch.float32 if route == "triton" else x.dtype)
             if route == "triton":
                 return Folded(f.weight.reshape(f.weight.shape[:2]).contiguous(), f.bias)
-            return pack(f, self.geometry, tuple(x.shape)) if route == "onednn" and not _fake(x) else f
+            if route not in _PACKED or _fake(x) or not isfinite(f.weight.sum() + f.bias.sum()):
+                return f
+            if route == "winograd":
+                return Folded(winograd_weight(f.weight), f.bias)
+            return pack(f, self.geometry, tuple(x.shape))
 
         return _folding.get(conv, (route, x.dtype), sources, make)
+
+
+_PACKED = ("onednn", "winograd")  # routes that take a weight in a form of their own
 
 
 def _fake(x: Tensor) -> bool:
@@ -168,7 +207,7 @@ def convolve(
         other: what is added before the ReLU.
         own: ``other`` may be overwritten.
         check: raises where the norm does not fit; called before anything is made.
-        inner: it is inside a residual branch, where the ReLU may turn NaN into 0.
+        inner: it is inside a residual branch, where the ReLU may turn NaN into 0 (as it may after finite ``images``).
     """
     layer = _layer(x, conv, bn, check)
     if isinstance(layer, str):
@@ -184,10 +223,17 @@ def convolve(
     others = () if other is None else (other,)
     product = layer.pointwise and relu and layer.geometry.stride == (1, 1)
     route, reason = decide_folded(op, x, others, product)
-    record(op, x, route, f"norm folded; {reason}" if bn is not None else reason, () if bn is None else (bn,))
+    if route == "onednn" and not _fake(x) and winograd_pays(layer.conv, layer.geometry, layer.out, x.dtype):
+        route, reason = "winograd", "CPU: 3x3 in fewer multiplications, weight transformed once"
     f, g = layer.folded("triton" if route == "reference" and product and _last(x) else route), layer.geometry
+    if route in _PACKED and not _fake(x) and f.weight.dim() == 4 and not f.weight.is_mkldnn:
+        route, reason = "folded", "the weight is not finite"
+        _now.finite = False
+    record(op, x, route, f"norm folded; {reason}" if bn is not None else reason, () if bn is None else (bn,))
+    if route == "winograd":
+        return winograd_folded(x, *f, other, relu)
     if route == "onednn" and not _fake(x):
-        return onednn_conv(x, f, g, relu, other, own, inner)
+        return onednn_conv(x, f, g, relu, other, own, inner or _now.finite)
     if f.weight.dim() == 2:
         return _product(x, f, other)
     if route in ("cudnn", "reference"):
@@ -273,8 +319,7 @@ def inference_layout(x: Tensor) -> Tensor:
     """
     if off() or torch.is_grad_enabled() or x.device.type != "cpu" or x.is_contiguous(memory_format=LAST):
         return x
-    last = x.new_empty(1, 2, 2, 2).contiguous(memory_format=LAST)
-    if decide_folded("conv_bn", last, (), False)[0] != "onednn":
+    if decide_folded("conv_bn", _LAST_LIKE.to(x.dtype), (), False)[0] != "onednn":
         return x
     record(
         "layout", x, "channels_last", "NCHW images: runs in channels_last, results are given back in NCHW", ()

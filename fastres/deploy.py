@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastres._fusable import hooked, relu_obstacle
-from fastres._inference import conv_add_relu, inference_layout
+from fastres._inference import conv_add_relu, images, inference_layout
 from fastres._matching import make_plan
 from fastres._norm import FusedNorm
 from fastres._reading import NotUnderstood
@@ -124,6 +124,10 @@ class FoldedResNet(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images [N, in_channels, H, W] to one feature map for each of ``out_indices``."""
+        with images(x):
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
         inner = inference_layout(x)
         nchw = inner is not x
         x = self.stem(inner) if self.deep_stem else self.conv1(inner)

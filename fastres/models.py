@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastres._calling import listed, suggest
 from fastres._casts import weight_casts
 from fastres._fusable import check_input, check_values, hooked, norm_obstacle, relu_obstacle
+from fastres._inference import images
 from fastres._registry import MODELS, build_activation_layer, build_conv_layer, build_norm_layer
 from fastres.functional import Linked, Pending, conv_bn_relu, inference_layout, materialize, max_pool
 from fastres.initialize import BaseModule, InitCfg, constant_init
@@ -319,7 +320,7 @@ class ResNet(BaseModule):
         """
         self._check(x)
         inner = self._inner(x)
-        with weight_casts(self, x):
+        with weight_casts(self, x), images(x):
             outs = self._stages(self._pool(self._stem(inner)))
         return outs if inner is x else tuple(out.contiguous() for out in outs)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import fastres
-from fastres import functional
+from fastres import _inference, functional
 from fastres._registry import MODELS
 from fastres.kernels import folded_conv
 from fastres.kernels._triton import INTERPRET
@@ -180,6 +180,71 @@ def test_an_image_that_is_not_finite_does_not_come_out_finite(name, value, randn
     with torch.no_grad():
         out = net(x)[-1]
     assert not out[0].isfinite().all() and out[1].isfinite().all()
+
+
+@plain_process
+@pytest.mark.parametrize("fixed", [False, True])
+def test_finite_images_end_in_fused_relus_only(fixed, randn):
+    net = randomize(build("resnet18")("FusedBN")).eval()
+    net = fastres.fold(net) if fixed else net
+    x, bad = randn(2, 3, 32, 32, layout=LAST), randn(2, 3, 32, 32, layout=LAST)
+    bad[1, 2, 3, 4] = float("nan")
+
+    def passes(x: torch.Tensor) -> int:
+        with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p:
+            net(x)
+        return sum(e.count for e in p.key_averages() if e.key == "aten::relu_")
+
+    assert passes(x) == 0 < passes(bad) and passes(x) == 0
+    with torch.no_grad():
+        assert net(bad)[-1][1].isnan().any() and net(x)[-1].isfinite().all()
+
+
+@plain_process
+def test_a_weight_that_is_not_finite_does_not_come_out_finite(randn):
+    net = randomize(build("resnet18")("FusedBN")).eval()
+    with torch.no_grad():
+        net.layer2[0].conv2.weight[0, 0, 0, 0] = float("nan")
+        with functional.record_routes() as log:
+            out = net(randn(1, 3, 32, 32, layout=LAST))[-1]
+        assert out.isnan().any()
+        assert [c.route for c in log if "not finite" in c.reason] == ["folded"]
+        net.layer2[0].conv2.weight[0, 0, 0, 0] = 1.0
+        assert net(randn(1, 3, 32, 32, layout=LAST))[-1].isfinite().all()
+
+
+@plain_process
+@pytest.mark.parametrize("size", [8, 7])
+@pytest.mark.parametrize("kind", ["plain", "other", "relu", "all"])
+def test_winograd_of_a_folded_weight(size, kind, randn):
+    conv = nn.Conv2d(24, 16, 3, padding=1, bias=kind == "all")
+    norm = randomize(fastres.FusedBatchNorm2d(16)).eval()
+    x, other = (randn(3, c, size, size, layout=LAST) for c in (24, 16))
+    relu, extra = kind in ("relu", "all"), other if kind in ("other", "all") else None
+    results = []
+    for dtype, mode in ((torch.float64, "off"), (torch.float32, "off"), (torch.float32, "on")):
+        a, b = copy.deepcopy(conv).to(dtype), copy.deepcopy(norm).to(dtype)
+        with torch.no_grad(), functional.winograd(mode), functional.record_routes() as log:
+            z = _inference.convolve(
+                x.to(dtype), a, b.fused(), relu, None if extra is None else extra.to(dtype)
+            )
+        assert [c.route for c in log] == [
+            {"on": "winograd", "off": "onednn"}[mode] if dtype != torch.float64 else "folded"
+        ]
+        results.append(z)
+    want, eager, got = results
+    assert got.stride() == eager.stride()
+    assert_close64("winograd", got, eager, want, torch.float32)
+
+
+@plain_process
+def test_winograd_where_it_was_measured(randn):
+    net = randomize(fastres.ResNet(18, out_indices=(3,))).eval()
+    for size, expected in ((64, 0), (224, 6)):
+        x = torch.zeros(8, 3, size, size).contiguous(memory_format=LAST)
+        with torch.no_grad(), functional.record_routes() as log:
+            net(x)
+        assert sum(c.route == "winograd" for c in log) == expected
 
 
 @plain_process

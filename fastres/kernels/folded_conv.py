@@ -16,8 +16,9 @@ Four ways to run it, chosen in ``fastres._routing``:
 
 What oneDNN's operators need care in. They drop gradients without a word, so they run where none is wanted. The
 addition in place overwrites ``other``, so it is used on tensors this package made. Their ReLU turns NaN into 0, unlike
-PyTorch's: it is fused inside a residual branch only, where the identity carries every NaN past it, and is a pass of its
-own, in place, at block ends and everywhere else, so that a NaN that goes in comes out. Packed weights can be neither
+PyTorch's: it is fused where a network's images and weights have been found to be finite; else inside a residual branch
+only, where the identity carries every NaN past it, and elsewhere it is a pass of its own, in place, so that a NaN that
+goes in comes out. Packed weights can be neither
 copied nor pickled, so they live outside the modules (``fastres._folding``). The operators are private to PyTorch: they
 are tried once against its convolution before they are used, and not used where they are missing or differ.
 """
@@ -135,20 +136,20 @@ def onednn_conv(
         g, relu: the convolution's geometry; whether to end in a ReLU.
         other: of the result's shape, dtype and layout, or None.
         own: ``other`` is this package's and may be overwritten; it is then the result.
-        inner: the ReLU may turn NaN into 0.
+        inner: the ReLU may turn NaN into 0; it is then part of the convolution.
     """
     assert not (torch.is_grad_enabled() and (x.requires_grad or other is not None and other.requires_grad))
     where = (g.padding, g.stride, g.dilation, g.groups)
+    fused = relu and inner
     if other is None:
-        y = torch.ops.mkldnn._convolution_pointwise(
-            x, *f, *where, "relu" if relu and inner else "none", [], ""
-        )
-        return y.relu_() if relu and not inner else y
-    if own:
-        y = torch.ops.mkldnn._convolution_pointwise_(other, x, *f, *where, "add", 1.0, None, [], "")
+        y = torch.ops.mkldnn._convolution_pointwise(x, *f, *where, "relu" if fused else "none", [], "")
     else:
-        y = torch.ops.mkldnn._convolution_pointwise(x, other, *f, *where, "add", 1.0, None, [], "")
-    return y.relu_() if relu else y
+        add: tuple[Any, ...] = ("add", 1.0, "relu" if fused else None, [], "")
+        if own:
+            y = torch.ops.mkldnn._convolution_pointwise_(other, x, *f, *where, *add)
+        else:
+            y = torch.ops.mkldnn._convolution_pointwise(x, other, *f, *where, *add)
+    return y.relu_() if relu and not fused else y
 
 
 def onednn_obstacle(dtype: torch.dtype) -> str:
@@ -189,7 +190,11 @@ def _onednn_trial(dtype: torch.dtype) -> str:
                 ]
                 if not torch.equal(other, kept):
                     return "oneDNN's addition changed its operand when it was tried"
+                found.append((onednn_conv(x, packed, g, True, other, False, True), found[-1][1]))
+                if not torch.equal(other, kept):
+                    return "oneDNN's addition changed its operand when it was tried"
                 found.append((onednn_conv(x, packed, g, True, other, True, False), found[-1][1]))
+                found.append((onednn_conv(x, packed, g, True, kept, True, True), found[-1][1]))
             except Exception as error:  # private operators: an interface that has changed raises anything
                 return f"oneDNN's fused convolution failed when it was tried: {type(error).__name__}"
             bound = (1e-4 if dtype == torch.float32 else 0.1) * float(plain.abs().max())

@@ -1,4 +1,4 @@
-"""Winograd's form of a 3x3 convolution, stride 1, padding 1, for training on a CPU: matrix products of ATen.
+"""Winograd's form of a 3x3 convolution, stride 1, padding 1, on a CPU: matrix products of ATen.
 
 A 2x2 tile of the output takes 36 multiplications a channel pair directly and 16 here:
 
@@ -12,6 +12,8 @@ A 2x2 tile of the output takes 36 multiplications a channel pair directly and 16
                 form's. Measured against float64 it is the more exact of the two (docs/CPU.md)
     traffic     the transformed patches are four times the input; they are made for a few images at a time, so that
                 they stay in the cache, in buffers that are reused
+    inference   ``winograd_folded``: the 16 matrices of a folded weight are made once, and bias, addition and ReLU
+                follow in place
     source      A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308, F(2x2, 3x3)
 
 Sums are taken in a fixed order: two runs agree bit for bit.
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from fastres.kernels._library import Traffic, register
 
-__all__ = ["winograd"]
+__all__ = ["winograd", "winograd_folded", "winograd_weight"]
 
 _G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 _TURNED = (3, 1, 2, 0)  # rows of G on a kernel read backwards
@@ -164,9 +166,31 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, backward: bool) -> Tensor:
-    x = _dense(x)
     u = _weights(weight, turned=backward)
-    u = u if backward else u.transpose(1, 2)
+    return _tiled(_dense(x), u if backward else u.transpose(1, 2))
+
+
+def winograd_weight(weight: Tensor) -> Tensor:
+    """[N, C, 3, 3] as :func:`winograd_folded` takes it: [16, C, N]."""
+    return _weights(weight, turned=False).transpose(1, 2).contiguous()
+
+
+def winograd_folded(x: Tensor, u: Tensor, bias: Tensor, other: Tensor | None, relu: bool) -> Tensor:
+    """relu(conv2d(x, weight, bias, padding=1) + other), without gradients.
+
+    Args:
+        x: [B, C, H, W], channels_last, float32.
+        u: the weight [16, C, N], from :func:`winograd_weight`.
+        bias: [N].
+        other: [B, N, H, W], or None.
+        relu: end in a ReLU.
+    """
+    y = _tiled(x, u).add_(bias.view(1, -1, 1, 1))
+    y = y if other is None else y.add_(other)
+    return y.relu_() if relu else y
+
+
+def _tiled(x: Tensor, u: Tensor) -> Tensor:
     n = u.shape[2]
     t = _Tiles(x, max(n, x.shape[1]))
     b, _, h, w = x.shape
