@@ -30,6 +30,12 @@ SMALL = dict(num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(1,))
 X = (4, 3, 32, 32)
 
 
+class Short(fastres.ResNet):
+    """Few blocks, of each kind one."""
+
+    arch_settings = {50: (fastres.Bottleneck, (2, 2, 1, 1))}
+
+
 class Net(nn.Module):
     """Stem, block ends in the moment form (where it is asked for), two downsample branches."""
 
@@ -37,7 +43,7 @@ class Net(nn.Module):
         super().__init__()
         norm_cfg = dict(type=norm, **options)
         sizes: dict[str, Any] = dict(stem_channels=width, base_channels=width)
-        self.backbone = fastres.ResNet(50, norm_cfg=norm_cfg, **SMALL, **sizes)
+        self.backbone = Short(50, norm_cfg=norm_cfg, **SMALL, **sizes)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
