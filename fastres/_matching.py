@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastres._fusable import hooked
 from fastres._norm import FusedNorm
@@ -223,7 +224,10 @@ class _Matcher:
             elif self._is(node, plain_pool):
                 self._match_pool(node)
         if not self.fused:
-            raise NotUnderstood("no norm in it follows a convolution or precedes a ReLU")
+            norms = [m for m in self.module.children() if isinstance(m, _BatchNorm) and not takes_norm(m)]
+            others = ", ".join(sorted({type(norm).__name__ for norm in norms}))
+            plain = "no norm in it follows a convolution or precedes a ReLU"
+            raise NotUnderstood(f"no norm in it but {others}" if others else plain)
         result = self._argument(self.output.args[0])
         wanted = self._wanted()
         steps = [self._step(node) for node in self.nodes if node in wanted]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -71,9 +71,15 @@ class FusedNorm(_BatchNorm):
             skip_nonfinite=self.skip_nonfinite_stats,
         )
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Any:
         """Batch norm (and ReLU) of ``input`` [N, C, H, W]; errors as :func:`fastres.functional.batch_norm`."""
+        if isinstance(input, fx.Proxy):
+            return self.node(input)
         return FF.batch_norm(input, self.fused(), self.relu)
+
+    def node(self, x: fx.Proxy) -> fx.Proxy:
+        """This module as one node of the graph that torch.fx is making, as torch's own norms are there."""
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore[attr-defined]
 
     def __prepare_scriptable__(self) -> Any:
         raise RuntimeError(

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fastres.kernels import _tuned
 from fastres.kernels._check import KERNEL_DTYPES
-from fastres.kernels._launch import dense, like, matrix, tile_key
+from fastres.kernels._launch import channels_last, dense, lies_as, matrix, tile_key
 from fastres.kernels._triton import HAS_TRITON, INTERPRET, TRITON_ERROR
 from fastres.kernels.folded_conv import cudnn_obstacle, onednn_obstacle
 
@@ -232,11 +232,11 @@ def _obstacle(x: Tensor, others: tuple[Tensor, ...]) -> str:
         return "the fused operators have no rules for the transforms of torch.func (vmap, grad, jvp ...)"
     if not dense(x):
         return "input is neither contiguous NCHW nor channels_last"
-    memory = like(x, matrix(x))
+    layout = matrix(x)
     for t in others:
         if t.dtype != x.dtype:
             return f"operands differ in dtype, {str(x.dtype)[6:]} and {str(t.dtype)[6:]}"
-        if not t.is_contiguous(memory_format=memory):
+        if not lies_as(t, layout):
             return "operands differ in layout"
     return ""
 
@@ -316,7 +316,7 @@ def decide_folded(
         if x.device.type != "cpu":
             return "folded", f"{x.device.type}: ATen is the default"
         obstacle = onednn_obstacle(x.dtype)
-        if not obstacle and not all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, *others)):
+        if not obstacle and not all(channels_last(t) for t in (x, *others)):
             obstacle = "oneDNN's fused convolution wants channels_last"
         return ("folded", obstacle) if obstacle else ("onednn", "CPU: prepacked weight")
     obstacle = _fused_obstacle(x, others)
@@ -326,7 +326,7 @@ def decide_folded(
         return "folded", obstacle
     if asked == "reference":
         return "reference", "backend 'reference' was asked for"
-    if pointwise and x.is_contiguous(memory_format=torch.channels_last):
+    if pointwise and channels_last(x):
         return "triton", "1x1: product with affine, addition and ReLU"
     obstacle = cudnn_obstacle(x.dtype, x.device) if x.is_cuda else ""
     return ("folded", obstacle) if obstacle else ("cudnn", "convolution with bias, addition and ReLU")

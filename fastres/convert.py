@@ -40,6 +40,7 @@ _NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.SyncBatchNorm: FusedSyncBatchNorm,
 }
 _PLAN, _MARK = "_fastres_plan", "_fastres_norm"
+_NO_PLAN = "it was made from a fused module (a slice of it?) and not fused itself"
 
 
 # ---------------------------------------------------------------------------------------------------- fused classes
@@ -50,12 +51,18 @@ class FusedForward(Swapped):
 
     def fused_obstacle(self) -> str:
         """Why the module's own forward runs as things are now, in words; empty where it is fused."""
-        return self.__dict__[_PLAN].obstacle(self)
+        plan = self._plan()
+        return _NO_PLAN if plan is None else plan.obstacle(self)  # type: ignore[arg-type]
+
+    def _plan(self) -> Plan | None:
+        """None in an instance that the class itself was called for, as slicing an ``nn.Sequential`` does."""
+        return self.__dict__.get(_PLAN)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's."""
-        plan: Plan = self.__dict__[_PLAN]
-        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or plan.obstacle(self):  # type: ignore[arg-type]
+        plan = self._plan()
+        plain = plan is not None and not kwargs and len(args) == 1 and isinstance(args[0], Tensor)
+        if plan is None or not plain or plan.obstacle(self):  # type: ignore[arg-type]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         (x,) = args
         if plan.checkpointed and self.with_cp and x.requires_grad:  # type: ignore[attr-defined]
@@ -178,6 +185,8 @@ def fuse_(model: nn.Module) -> FuseReport:
     # Plans first: they look at the norms as they were.
     todo: list[tuple[nn.Module, Plan]] = []
     for path, module in model.named_modules():
+        if isinstance(module, FusedForward) and module._plan() is None:
+            module.__class__ = module.fused_from  # type: ignore[assignment]
         if isinstance(module, FusedForward) or _own(module) or not _holds_norms(module):
             continue
         try:
@@ -230,7 +239,7 @@ def unfuse_(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, FusedForward):
             module.__class__ = module.fused_from  # type: ignore[assignment]
-            del module.__dict__[_PLAN]
+            module.__dict__.pop(_PLAN, None)
         elif _MARK in module.__dict__ and isinstance(module, FusedNorm):
             module.__class__ = module.__dict__.pop(_MARK)
         else:

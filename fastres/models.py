@@ -15,10 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastres._calling import listed, suggest
-from fastres._fusable import check_input, check_values, hooked, norm_obstacle, relu_obstacle
+from fastres._fusable import check_input, check_values, hooked, norm_obstacle, observed, relu_obstacle
 from fastres._registry import MODELS, build_activation_layer, build_conv_layer, build_norm_layer
 from fastres.functional import Linked, Pending, conv_bn_relu, inference_layout, materialize, max_pool
 from fastres.initialize import BaseModule, InitCfg, constant_init
@@ -77,7 +76,7 @@ class ConvModule(nn.Module):
             return f"{self.norm_name} {obstacle}"
         if obstacle := relu_obstacle(self.activate):
             return f"activate {obstacle}"
-        return "a hook for all modules is set" if _has_any_global_hook() else ""
+        return observed()
 
     def pending(self, x: Tensor | Pending) -> Tensor | Pending:
         """The output, not evaluated yet where it can be fused with what comes next."""
@@ -285,7 +284,7 @@ class ResNet(BaseModule):
             return f"{self.norm1_name} {obstacle}"
         if obstacle := relu_obstacle(self.relu):
             return f"relu {obstacle}"
-        return "a hook for all modules is set" if _has_any_global_hook() else ""
+        return observed()
 
     def _stem(self, x: Tensor) -> Tensor | Pending:
         """The stem before its pooling."""
@@ -304,7 +303,7 @@ class ResNet(BaseModule):
     def _pool(self, z: Tensor | Pending) -> Tensor:
         pool = self.maxpool
         # Anything else than the pooling that was built is called as a module.
-        if type(pool) is nn.MaxPool2d and not hooked(pool) and not _has_any_global_hook():
+        if type(pool) is nn.MaxPool2d and not hooked(pool) and not observed():
             geometry = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
             if geometry == (3, 2, 1, 1) and not pool.ceil_mode and not pool.return_indices:
                 return max_pool(z)
@@ -331,7 +330,7 @@ class ResNet(BaseModule):
         between: Tensor | Linked = x
         for i, name in enumerate(self.res_layers):
             layer = self._modules[name]
-            if type(layer) is ResLayer and not hooked(layer) and not _has_any_global_hook():
+            if type(layer) is ResLayer and not hooked(layer) and not observed():
                 between = layer.chained(between, linked=i < last and i not in self.out_indices)
             else:
                 between = layer(materialize(between))  # type: ignore[misc]
