@@ -19,12 +19,17 @@ from fastres._norm import FusedNorm
 from fastres._plan import ADD, METHODS, NAME_OF, Plan, Step, Value, drops_paths, plain_pool
 from fastres._reading import NotUnderstood, constants_of
 
-__all__ = ["make_plan", "takes_norm"]
+__all__ = ["make_plan", "reverted", "takes_norm"]
 
 
 def takes_norm(norm: nn.Module) -> bool:
     """Whether a norm is fused, or is one that can be."""
-    return isinstance(norm, FusedNorm) or type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+    return isinstance(norm, FusedNorm) or type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or reverted(norm)
+
+
+def reverted(norm: nn.Module) -> bool:
+    """Whether a norm is what mmengine makes of a synchronised one for a run of one process."""
+    return f"{type(norm).__module__}.{type(norm).__name__}" == "mmengine.model.utils._BatchNormXd"
 
 
 # ---------------------------------------------------------------------------------------------------------- tracing

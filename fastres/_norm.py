@@ -46,6 +46,13 @@ class FusedNorm(_BatchNorm):
 
     relu: bool = False
     skip_nonfinite_stats: bool = False
+    _modes: int = 0
+
+    def train(self, mode: bool = True) -> Any:
+        """As torch's. What was folded from this norm is folded anew after it, so a loop that evaluates with ``eval()``
+        sees values that were written through ``.data``, as mmengine's EMAHook does, and which leave no other mark."""
+        self.__dict__["_modes"] = self._modes + 1
+        return super().train(mode)
 
     def group(self) -> ProcessGroup | None:
         """The process group over which a training step's statistics are merged, or None."""
@@ -69,6 +76,7 @@ class FusedNorm(_BatchNorm):
             training=self.training or self.running_mean is None,
             group=self.group(),
             skip_nonfinite=self.skip_nonfinite_stats,
+            modes=0 if torch.compiler.is_compiling() else self._modes,
         )
 
     def forward(self, input: Tensor) -> Any:

@@ -58,7 +58,8 @@ class BatchNorm(NamedTuple):
     Vectors are [C]. ``training`` selects batch statistics; the running statistics, where given, are then updated with
     ``momentum`` (None: cumulative average over ``num_batches_tracked``). Without ``training`` they are what is used.
     ``group`` merges the statistics over a process group. With ``skip_nonfinite`` a batch that would make a running
-    statistic NaN or infinite leaves the running statistics, and the count, as they were.
+    statistic NaN or infinite leaves the running statistics, and the count, as they were. What was folded for one value
+    of ``modes`` is not used for another.
     """
 
     weight: Tensor | None
@@ -71,6 +72,7 @@ class BatchNorm(NamedTuple):
     training: bool
     group: ProcessGroup | None = None
     skip_nonfinite: bool = False
+    modes: int = 0
 
 
 class Choice(NamedTuple):

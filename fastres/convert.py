@@ -6,8 +6,8 @@
 Modules stay the objects they are and only change their class: parameters, buffers, state-dict keys, hooks, optimizers
 and whatever else refers to them go on. A fused class derives from the original one, so ``isinstance`` holds.
 
-- ``nn.BatchNorm2d`` and ``nn.SyncBatchNorm`` become :class:`fastres.FusedBatchNorm2d` and
-  :class:`fastres.FusedSyncBatchNorm`.
+- ``nn.BatchNorm2d`` (and what mmengine puts in a synchronised norm's place for a run of one process) and
+  ``nn.SyncBatchNorm`` become :class:`fastres.FusedBatchNorm2d` and :class:`fastres.FusedSyncBatchNorm`.
 - A module that has batch norms among its children (a residual block, the net around the stem, an ``nn.Sequential``)
   gets a forward of fused functions if its own forward does nothing but call its children, add, and apply ReLU. This is
   found out from the code and one trace of it (:mod:`fastres._matching`), not from names, so it covers torchvision's,
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from fastres._matching import make_plan
+from fastres._matching import make_plan, reverted
 from fastres._norm import FusedBatchNorm2d, FusedNorm, FusedSyncBatchNorm
 from fastres._plan import Plan
 from fastres._reading import NotUnderstood
@@ -137,7 +137,7 @@ def _paths(paths: list[str]) -> str:
 
 def _norm_target(norm: nn.Module) -> type[nn.Module] | str:
     """The class that a norm becomes, or why it is left."""
-    target: type[nn.Module] | None = _NORMS.get(type(norm))
+    target: type[nn.Module] | None = FusedBatchNorm2d if reverted(norm) else _NORMS.get(type(norm))
     if f"{type(norm).__module__}.{type(norm).__name__}" == "timm.layers.norm_act.BatchNormAct2d":
         target = fused_class(FusedNormAct, type(norm))
     if target is None:
@@ -242,6 +242,7 @@ def unfuse_(model: nn.Module) -> int:
             module.__dict__.pop(_PLAN, None)
         elif _MARK in module.__dict__ and isinstance(module, FusedNorm):
             module.__class__ = module.__dict__.pop(_MARK)
+            module.__dict__.pop("_modes", None)
         else:
             continue
         changed += 1
