@@ -122,7 +122,7 @@ class ResNet(BaseModule):
         multi_grid: dilation of each block of the last stage (mmseg).
 
     Raises:
-        KeyError: unknown depth. TypeError: unknown arguments, with the near matches.
+        KeyError: unknown depth. TypeError: unknown arguments, with the near matches; no list where one is wanted.
         AssertionError: num_stages, strides, dilations, out_indices or frozen_stages out of range.
         ValueError: ``dcn`` or ``plugins`` (mmdet), which are not supported.
 
@@ -183,11 +183,13 @@ class ResNet(BaseModule):
         if depth not in self.arch_settings:
             raise KeyError(f"{op}: depth is {depth!r}; wanted one of {listed(list(self.arch_settings))}")
         assert 1 <= num_stages <= 4, f"{op}: num_stages is {num_stages}; wanted 1 to 4"
-        for name, values in (("strides", strides), ("dilations", dilations)):
-            assert len(values) == num_stages, (
+        for name, values in (("strides", strides), ("dilations", dilations), ("out_indices", out_indices)):
+            if not isinstance(values, Sequence) or not all(isinstance(v, int) for v in values):
+                raise TypeError(f"{op}: {name} is {values!r}; wanted a tuple or list of int")
+            assert name == "out_indices" or len(values) == num_stages, (
                 f"{op}: {name} is {values}; wanted num_stages = {num_stages} values"
             )
-        assert min(out_indices) >= 0 and max(out_indices) < num_stages, (
+        assert out_indices and min(out_indices) >= 0 and max(out_indices) < num_stages, (
             f"{op}: out_indices is {out_indices}; wanted 0 to {num_stages - 1}"
         )
         assert -1 <= frozen_stages <= num_stages, (

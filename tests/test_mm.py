@@ -271,7 +271,7 @@ def test_the_configs_of_the_documentation():
             after.pop("init_cfg", {}).get("checkpoint"),
             before.pop("init_cfg", {}).get("checkpoint"),
         }
-        assert pretrained <= {None, "resnet50.pth", "torchvision://resnet50"}
+        assert pretrained <= {None, "torchvision://resnet50"}
         with registry.DefaultScope.overwrite_default_scope(scope), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)
