@@ -34,6 +34,7 @@ from fastres._routing import (
 from fastres.kernels import block_end as moment_form
 from fastres.kernels import residual_add_relu as end_ops
 from fastres.kernels._check import check_activation, check_aten, check_like, fail
+from fastres.kernels._launch import channels_last
 from fastres.kernels.block_start import block_start, start_conv
 
 __all__ = [
@@ -141,7 +142,7 @@ def _operand(p: Pending) -> Tensor | str:
     if isinstance(source, Pending):
         source = source.tensor() if source._z is not None or not source.relu else source.raw()
     device = source.device.type
-    if source.dim() != 4 or not source.numel() or not source.is_contiguous(memory_format=torch.channels_last):
+    if source.dim() != 4 or not source.numel() or not channels_last(source):
         return "input is not channels_last"
     if torch.is_autocast_enabled(device) and source.dtype != torch.get_autocast_dtype(device):
         return "input is not in autocast's dtype"
@@ -250,7 +251,7 @@ def _moment_form(
     if isinstance(x, str) or isinstance(other, str):
         return f"no moment form: {x if isinstance(x, str) else other}"
     (n, c, h, w), out = x.shape, conv.out_channels
-    if other.dtype != x.dtype or not other.is_contiguous(memory_format=torch.channels_last):
+    if other.dtype != x.dtype or not channels_last(other):
         return "no moment form: the identity has another dtype or layout"
     if n * h * w < 4 * max(c, other.shape[1] if isinstance(identity, Pending) else 0):
         return "no moment form: fewer than four rows a channel"

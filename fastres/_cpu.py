@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres import _routing
+from fastres.kernels._launch import channels_last
 from fastres.kernels._triton import INTERPRET
 from fastres.kernels.folded_conv import Geometry
 
@@ -51,7 +52,7 @@ def obstacle(x: Tensor) -> str:
         return "neither float32 nor float64, or under autocast"
     if not torch.is_grad_enabled():
         return "gradients are not enabled"
-    if x.dim() != 4 or not x.numel() or not x.is_contiguous(memory_format=torch.channels_last):
+    if x.dim() != 4 or not x.numel() or not channels_last(x):
         return "input is not channels_last"
     return ""
 

@@ -5,10 +5,11 @@ and its entries go with the convolution. An entry is used where the norm is the 
 it is the same object in the same storage with the same version counter. So it notices every change that PyTorch
 records: in place under ``no_grad``, by an optimizer, ``load_state_dict`` (by copy or by assignment), ``.to()``,
 ``.half()``, a new ``Parameter``, ``.data = tensor``, and running statistics that move, by their
-``num_batches_tracked``. Besides, a forward pass in training drops the entries of the convolutions that it uses.
+``num_batches_tracked``. Besides, a forward pass in training drops the entries of the convolutions that it uses, and so
+does a call of ``train()`` or ``eval()`` on their norms: whoever evaluates calls one of them first.
 
-What PyTorch does not record cannot be noticed: values written through an alias that has a counter of its own
-(``p.data.add_()``, ``p.detach().numpy()``, a collective on ``p.data``) with no training step between two evaluations.
+What PyTorch does not record cannot be noticed otherwise: values written through an alias that has a counter of its own
+(``p.data.add_()``, ``p.detach().numpy()``, a collective on ``p.data``) between two evaluations with no such call.
 :func:`forget` is for that.
 """
 
@@ -40,6 +41,7 @@ class Sources(NamedTuple):
     var: Tensor | None
     batches: Tensor | None  # counts the updates of mean and var, which some kernels make without telling
     eps: float
+    modes: int = 0  # how often the mode of the norm was set
 
 
 class _Entry(NamedTuple):

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastres._norm import FusedNorm
 from fastres.kernels._check import check_activation, describe
 
-__all__ = ["check_input", "check_values", "hooked", "norm_obstacle", "relu_obstacle"]
+__all__ = ["check_input", "check_values", "hooked", "norm_obstacle", "observed", "relu_obstacle"]
 
 
 def hooked(module: nn.Module) -> bool:
@@ -24,6 +25,13 @@ def hooked(module: nn.Module) -> bool:
         or "forward" in module.__dict__
         or module._compiled_call_impl is not None
     )
+
+
+def observed() -> str:
+    """Why every module has to be called as one now, in words; empty where nobody follows the calls."""
+    if _has_any_global_hook():
+        return "a hook for all modules is set"
+    return "torch.jit.trace records the modules" if torch.jit.is_tracing() else ""
 
 
 def norm_obstacle(norm: nn.Module) -> str:

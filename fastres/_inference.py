@@ -98,7 +98,7 @@ class _Layer(NamedTuple):
         if bn is not None:
             sources = _folding.Sources(
                 conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked,
-                bn.eps,
+                bn.eps, bn.modes,
             )  # fmt: skip
 
         def make() -> Folded:

@@ -12,18 +12,24 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastres._fusable import hooked
 from fastres._norm import FusedNorm
 from fastres._plan import ADD, METHODS, NAME_OF, Plan, Step, Value, drops_paths, plain_pool
 from fastres._reading import NotUnderstood, constants_of
 
-__all__ = ["make_plan", "takes_norm"]
+__all__ = ["make_plan", "reverted", "takes_norm"]
 
 
 def takes_norm(norm: nn.Module) -> bool:
     """Whether a norm is fused, or is one that can be."""
-    return isinstance(norm, FusedNorm) or type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+    return isinstance(norm, FusedNorm) or type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or reverted(norm)
+
+
+def reverted(norm: nn.Module) -> bool:
+    """Whether a norm is what mmengine makes of a synchronised one for a run of one process."""
+    return f"{type(norm).__module__}.{type(norm).__name__}" == "mmengine.model.utils._BatchNormXd"
 
 
 # ---------------------------------------------------------------------------------------------------------- tracing
@@ -223,7 +229,10 @@ class _Matcher:
             elif self._is(node, plain_pool):
                 self._match_pool(node)
         if not self.fused:
-            raise NotUnderstood("no norm in it follows a convolution or precedes a ReLU")
+            norms = [m for m in self.module.children() if isinstance(m, _BatchNorm) and not takes_norm(m)]
+            others = ", ".join(sorted({type(norm).__name__ for norm in norms}))
+            plain = "no norm in it follows a convolution or precedes a ReLU"
+            raise NotUnderstood(f"no norm in it but {others}" if others else plain)
         result = self._argument(self.output.args[0])
         wanted = self._wanted()
         steps = [self._step(node) for node in self.nodes if node in wanted]

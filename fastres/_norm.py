@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -46,6 +46,13 @@ class FusedNorm(_BatchNorm):
 
     relu: bool = False
     skip_nonfinite_stats: bool = False
+    _modes: int = 0
+
+    def train(self, mode: bool = True) -> Any:
+        """As torch's. What was folded from this norm is folded anew after it, so a loop that evaluates with ``eval()``
+        sees values that were written through ``.data``, as mmengine's EMAHook does, and which leave no other mark."""
+        self.__dict__["_modes"] = self._modes + 1
+        return super().train(mode)
 
     def group(self) -> ProcessGroup | None:
         """The process group over which a training step's statistics are merged, or None."""
@@ -69,11 +76,18 @@ class FusedNorm(_BatchNorm):
             training=self.training or self.running_mean is None,
             group=self.group(),
             skip_nonfinite=self.skip_nonfinite_stats,
+            modes=0 if torch.compiler.is_compiling() else self._modes,
         )
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Any:
         """Batch norm (and ReLU) of ``input`` [N, C, H, W]; errors as :func:`fastres.functional.batch_norm`."""
+        if isinstance(input, fx.Proxy):
+            return self.node(input)
         return FF.batch_norm(input, self.fused(), self.relu)
+
+    def node(self, x: fx.Proxy) -> fx.Proxy:
+        """This module as one node of the graph that torch.fx is making, as torch's own norms are there."""
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore[attr-defined]
 
     def __prepare_scriptable__(self) -> Any:
         raise RuntimeError(

@@ -27,6 +27,7 @@ from fastres._routing import (
 from fastres.kernels import block_end as moment_form
 from fastres.kernels import conv3x3 as conv_ops
 from fastres.kernels._check import check_aten
+from fastres.kernels._launch import channels_last
 from fastres.kernels.recomputed_conv import recomputed_conv
 from fastres.kernels.winograd import winograd as winograd_conv
 
@@ -221,7 +222,7 @@ def _conv3x3(p: Pending) -> tuple[Tensor, conv_ops.Partial | None] | None:
     if front is not None and front.bn.group is not None and front.bn.training:
         front = None  # its gradient needs sums over the group between the two halves of a backward
     x = materialize(p.x) if front is None else front.raw()
-    if x.dim() != 4 or not x.numel() or not x.is_contiguous(memory_format=torch.channels_last):
+    if x.dim() != 4 or not x.numel() or not channels_last(x):
         return None
     geometry = own_geometry(p.conv, x)
     if geometry is None:

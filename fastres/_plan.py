@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastres import functional as FF
-from fastres._fusable import hooked, norm_obstacle, relu_obstacle
+from fastres._fusable import hooked, norm_obstacle, observed, relu_obstacle
 
 __all__ = ["ADD", "FUNCTIONS", "METHODS", "NAME_OF", "Plan", "Step", "Value", "drops_paths", "plain_pool"]
 
@@ -103,7 +102,7 @@ class Plan(NamedTuple):
                 return f"{step.drop} has changed"
             if step.kind == "pool" and not plain_pool(children[step.name]):  # type: ignore[arg-type]
                 return f"{step.name} has changed"
-        return "a hook for all modules is set" if _has_any_global_hook() else ""
+        return observed()
 
     def run(self, module: nn.Module, x: Tensor) -> Any:
         """The module's forward on ``x``."""

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fastres.kernels import _tuned
 from fastres.kernels._check import KERNEL_DTYPES
-from fastres.kernels._launch import dense, like, matrix, tile_key
+from fastres.kernels._launch import channels_last, dense, lies_as, matrix, tile_key
 from fastres.kernels._triton import HAS_TRITON, INTERPRET, TRITON_ERROR
 from fastres.kernels.folded_conv import cudnn_obstacle, onednn_obstacle
 
@@ -58,7 +58,8 @@ class BatchNorm(NamedTuple):
     Vectors are [C]. ``training`` selects batch statistics; the running statistics, where given, are then updated with
     ``momentum`` (None: cumulative average over ``num_batches_tracked``). Without ``training`` they are what is used.
     ``group`` merges the statistics over a process group. With ``skip_nonfinite`` a batch that would make a running
-    statistic NaN or infinite leaves the running statistics, and the count, as they were.
+    statistic NaN or infinite leaves the running statistics, and the count, as they were. What was folded for one value
+    of ``modes`` is not used for another.
     """
 
     weight: Tensor | None
@@ -71,6 +72,7 @@ class BatchNorm(NamedTuple):
     training: bool
     group: ProcessGroup | None = None
     skip_nonfinite: bool = False
+    modes: int = 0
 
 
 class Choice(NamedTuple):
@@ -232,11 +234,11 @@ def _obstacle(x: Tensor, others: tuple[Tensor, ...]) -> str:
         return "the fused operators have no rules for the transforms of torch.func (vmap, grad, jvp ...)"
     if not dense(x):
         return "input is neither contiguous NCHW nor channels_last"
-    memory = like(x, matrix(x))
+    layout = matrix(x)
     for t in others:
         if t.dtype != x.dtype:
             return f"operands differ in dtype, {str(x.dtype)[6:]} and {str(t.dtype)[6:]}"
-        if not t.is_contiguous(memory_format=memory):
+        if not lies_as(t, layout):
             return "operands differ in layout"
     return ""
 
@@ -324,7 +326,7 @@ def decide_folded(
         if x.device.type != "cpu":
             return "folded", f"{x.device.type}: ATen is the default"
         obstacle = onednn_obstacle(x.dtype)
-        if not obstacle and not all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, *others)):
+        if not obstacle and not all(channels_last(t) for t in (x, *others)):
             obstacle = "oneDNN's fused convolution wants channels_last"
         return ("folded", obstacle) if obstacle else ("onednn", "CPU: prepacked weight")
     obstacle = _fused_obstacle(x, others)
@@ -334,7 +336,7 @@ def decide_folded(
         return "folded", obstacle
     if asked == "reference":
         return "reference", "backend 'reference' was asked for"
-    if pointwise and x.is_contiguous(memory_format=torch.channels_last):
+    if pointwise and channels_last(x):
         return "triton", "1x1: product with affine, addition and ReLU"
     obstacle = cudnn_obstacle(x.dtype, x.device) if x.is_cuda else ""
     return ("folded", obstacle) if obstacle else ("cudnn", "convolution with bias, addition and ReLU")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastres import functional as FF
 from fastres._fusable import hooked, relu_obstacle
@@ -39,8 +40,10 @@ class FusedNormAct(Swapped, FusedNorm):
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Any:
         """Batch norm, ``drop`` and ``act`` of ``input`` [N, C, H, W]."""
+        if isinstance(input, fx.Proxy):
+            return self.node(input)
         if type(self.drop) is nn.Identity and not hooked(self.drop):
             if not relu_obstacle(self.act):
                 return FF.batch_norm(input, self.fused(), True)
@@ -54,7 +57,13 @@ def fused_class(mixin: type[Swapped], original: type[nn.Module]) -> type[nn.Modu
     """The class ``Fused<original>``, derived from both; the same one every time."""
     key = (mixin, original)
     if key not in _classes:
+
+        @functools.wraps(original.forward)  # torch.fx, torch.export and others ask for its arguments' names
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
         members = dict(fused_from=original, fused_by=mixin, __module__=__name__, __doc__=original.__doc__)
+        members["forward"] = forward
         _classes[key] = type(f"Fused{original.__name__}", (mixin, original), members)
     return _classes[key]
 

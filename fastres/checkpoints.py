@@ -33,6 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastres.initialize import load_file
+
 __all__ = ["FORMATS", "CheckpointError", "LoadReport", "export_state_dict", "load_checkpoint"]
 
 FORMATS = ("torchvision", "timm", "mmpretrain", "detectron2", "fastres")
@@ -174,11 +176,9 @@ def _read(checkpoint: Any) -> dict[str, Tensor]:
                 "file, or the dict of arrays in it"
             )
         if name.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            checkpoint = load_file(name)
+            checkpoint = _safetensors(name)
         else:
-            checkpoint = torch.load(name, map_location="cpu", weights_only=True)
+            checkpoint = load_file(op, name)
     for key in ("state_dict", "model"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
@@ -187,6 +187,38 @@ def _read(checkpoint: Any) -> dict[str, Tensor]:
             f"{op}: checkpoint is {type(checkpoint).__name__}; wanted a path or a dict of tensors"
         )
     return {key: torch.as_tensor(value) for key, value in checkpoint.items() if hasattr(value, "shape")}
+
+
+def _safetensors(name: str) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file as load
+    except ImportError as error:
+        raise ImportError(f"load_checkpoint: {name!r} needs the package safetensors ({error})") from error
+    return load(name)
+
+
+def _kind(value: Tensor) -> str:
+    for kind in ("complex", "floating_point"):
+        if getattr(value, f"is_{kind}")():
+            return kind
+    return "bool" if value.dtype == torch.bool else "integer"
+
+
+def _note_dtypes(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], pairs: list[tuple[str, str]]
+) -> list[str]:
+    """Words for the values that a copy rounds or widens; CheckpointError for those that it would change in kind."""
+    changes: dict[tuple[str, str], int] = {}
+    for key, name in pairs:
+        value, target = state[name], own[key]
+        if _kind(value) != _kind(target):
+            raise CheckpointError(
+                f"load_checkpoint: {name!r} is {str(value.dtype)[6:]}; wanted {str(target.dtype)[6:]}, as the model"
+            )
+        if value.dtype != target.dtype:
+            change = (str(value.dtype)[6:], str(target.dtype)[6:])
+            changes[change] = changes.get(change, 0) + 1
+    return [f"{count} tensors went from {a} to {b}" for (a, b), count in changes.items()]
 
 
 def load_checkpoint(
@@ -213,9 +245,13 @@ def load_checkpoint(
         The report. ``num_batches_tracked`` may be missing (frozen norms have none) and then stays as it is.
 
     Raises:
-        CheckpointError: does not fit; carries the report. Nothing has been loaded.
-        FileNotFoundError, TypeError, ValueError: no such file, or nothing readable in it.
+        CheckpointError: does not fit, or holds a tensor of another kind (integers for floats); carries the report where
+            there is one. Nothing has been loaded.
+        FileNotFoundError, TypeError, ValueError: no such file, or nothing readable in it. A file that needs code to be
+            read, such as mmengine's training checkpoints, is refused: read it yourself and pass the dict.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_checkpoint: model is {type(model).__name__}; wanted an nn.Module")
     state = _read(checkpoint)
     if prefix:
         stem = prefix.rstrip(".") + "."
@@ -251,6 +287,7 @@ def load_checkpoint(
         hint = "" if has_head or not head else " (or head=False)"
         raise CheckpointError(f"load_checkpoint: {type(model).__name__}: {report}{hint}", report)
     common = {key: name for name, key in ours.items()}
+    report.notes += _note_dtypes(state, own, [(key, theirs[common[key]]) for key in report.loaded])
     with torch.no_grad():
         for key in report.loaded:
             value = state[theirs[common[key]]]

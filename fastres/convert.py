@@ -6,8 +6,8 @@
 Modules stay the objects they are and only change their class: parameters, buffers, state-dict keys, hooks, optimizers
 and whatever else refers to them go on. A fused class derives from the original one, so ``isinstance`` holds.
 
-- ``nn.BatchNorm2d`` and ``nn.SyncBatchNorm`` become :class:`fastres.FusedBatchNorm2d` and
-  :class:`fastres.FusedSyncBatchNorm`.
+- ``nn.BatchNorm2d`` (and what mmengine puts in a synchronised norm's place for a run of one process) and
+  ``nn.SyncBatchNorm`` become :class:`fastres.FusedBatchNorm2d` and :class:`fastres.FusedSyncBatchNorm`.
 - A module that has batch norms among its children (a residual block, the net around the stem, an ``nn.Sequential``)
   gets a forward of fused functions if its own forward does nothing but call its children, add, and apply ReLU. This is
   found out from the code and one trace of it (:mod:`fastres._matching`), not from names, so it covers torchvision's,
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from fastres._matching import make_plan
+from fastres._matching import make_plan, reverted
 from fastres._norm import FusedBatchNorm2d, FusedNorm, FusedSyncBatchNorm
 from fastres._plan import Plan
 from fastres._reading import NotUnderstood
@@ -40,6 +40,7 @@ _NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.SyncBatchNorm: FusedSyncBatchNorm,
 }
 _PLAN, _MARK = "_fastres_plan", "_fastres_norm"
+_NO_PLAN = "it was made from a fused module (a slice of it?) and not fused itself"
 
 
 # ---------------------------------------------------------------------------------------------------- fused classes
@@ -50,12 +51,18 @@ class FusedForward(Swapped):
 
     def fused_obstacle(self) -> str:
         """Why the module's own forward runs as things are now, in words; empty where it is fused."""
-        return self.__dict__[_PLAN].obstacle(self)
+        plan = self._plan()
+        return _NO_PLAN if plan is None else plan.obstacle(self)  # type: ignore[arg-type]
+
+    def _plan(self) -> Plan | None:
+        """None in an instance that the class itself was called for, as slicing an ``nn.Sequential`` does."""
+        return self.__dict__.get(_PLAN)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original's."""
-        plan: Plan = self.__dict__[_PLAN]
-        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or plan.obstacle(self):  # type: ignore[arg-type]
+        plan = self._plan()
+        plain = plan is not None and not kwargs and len(args) == 1 and isinstance(args[0], Tensor)
+        if plan is None or not plain or plan.obstacle(self):  # type: ignore[arg-type]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         (x,) = args
         if plan.checkpointed and self.with_cp and x.requires_grad:  # type: ignore[attr-defined]
@@ -130,7 +137,7 @@ def _paths(paths: list[str]) -> str:
 
 def _norm_target(norm: nn.Module) -> type[nn.Module] | str:
     """The class that a norm becomes, or why it is left."""
-    target: type[nn.Module] | None = _NORMS.get(type(norm))
+    target: type[nn.Module] | None = FusedBatchNorm2d if reverted(norm) else _NORMS.get(type(norm))
     if f"{type(norm).__module__}.{type(norm).__name__}" == "timm.layers.norm_act.BatchNormAct2d":
         target = fused_class(FusedNormAct, type(norm))
     if target is None:
@@ -178,6 +185,8 @@ def fuse_(model: nn.Module) -> FuseReport:
     # Plans first: they look at the norms as they were.
     todo: list[tuple[nn.Module, Plan]] = []
     for path, module in model.named_modules():
+        if isinstance(module, FusedForward) and module._plan() is None:
+            module.__class__ = module.fused_from  # type: ignore[assignment]
         if isinstance(module, FusedForward) or _own(module) or not _holds_norms(module):
             continue
         try:
@@ -230,9 +239,10 @@ def unfuse_(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, FusedForward):
             module.__class__ = module.fused_from  # type: ignore[assignment]
-            del module.__dict__[_PLAN]
+            module.__dict__.pop(_PLAN, None)
         elif _MARK in module.__dict__ and isinstance(module, FusedNorm):
             module.__class__ = module.__dict__.pop(_MARK)
+            module.__dict__.pop("_modes", None)
         else:
             continue
         changed += 1

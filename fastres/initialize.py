@@ -17,6 +17,7 @@ import inspect
 import logging
 import math
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -131,6 +132,19 @@ def _kaiming(
 # ------------------------------------------------------------------------------------------------------ pretrained
 
 
+def load_file(op: str, name: str, map_location: Any = "cpu") -> Any:
+    """What ``torch.save`` wrote, tensors and plain values only; ValueError where it holds anything else or is none."""
+    try:
+        return torch.load(name, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        said = str(error).splitlines()[0].partition(". ")[0]
+        raise ValueError(
+            f"{op}: checkpoint {name!r} is not a file of tensors and plain values ({type(error).__name__}: {said}); "
+            "wanted one, or, for a file that you trust with running code, the dict that "
+            "torch.load(..., weights_only=False) reads from it"
+        ) from error
+
+
 def _from_torchvision(name: str, map_location: Any) -> Any:
     try:
         from torchvision.models import get_model_weights
@@ -158,7 +172,7 @@ def _read(checkpoint: Any, map_location: Any) -> Mapping[str, Any]:
         elif not os.path.isfile(name):
             raise FileNotFoundError(f"init_cfg: Pretrained: checkpoint {name!r} is no file")
         else:
-            content = torch.load(name, map_location=map_location, weights_only=True)
+            content = load_file("init_cfg: Pretrained", name, map_location)
     else:
         content = checkpoint
     for key in ("state_dict", "model"):
@@ -185,7 +199,7 @@ def load_pretrained(
         map_location: where ``torch.load`` puts the tensors.
 
     Raises:
-        FileNotFoundError, TypeError: no such file; no state dict in it.
+        FileNotFoundError, TypeError: no such file; no state dict in it. ValueError: a file that needs code to be read.
         ValueError: no key below the prefix, no key that the module has, or a tensor of another shape. Then nothing
             has been loaded.
     """

@@ -15,11 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastres._calling import listed, suggest
 from fastres._casts import weight_casts
-from fastres._fusable import check_input, check_values, hooked, norm_obstacle, relu_obstacle
+from fastres._fusable import check_input, check_values, hooked, norm_obstacle, observed, relu_obstacle
 from fastres._inference import images
 from fastres._registry import MODELS, build_activation_layer, build_conv_layer, build_norm_layer
 from fastres.functional import Linked, Pending, conv_bn_relu, inference_layout, materialize, max_pool
@@ -79,7 +78,7 @@ class ConvModule(nn.Module):
             return f"{self.norm_name} {obstacle}"
         if obstacle := relu_obstacle(self.activate):
             return f"activate {obstacle}"
-        return "a hook for all modules is set" if _has_any_global_hook() else ""
+        return observed()
 
     def pending(self, x: Tensor | Pending) -> Tensor | Pending:
         """The output, not evaluated yet where it can be fused with what comes next."""
@@ -125,7 +124,7 @@ class ResNet(BaseModule):
         multi_grid: dilation of each block of the last stage (mmseg).
 
     Raises:
-        KeyError: unknown depth. TypeError: unknown arguments, with the near matches.
+        KeyError: unknown depth. TypeError: unknown arguments, with the near matches; no list where one is wanted.
         AssertionError: num_stages, strides, dilations, out_indices or frozen_stages out of range.
         ValueError: ``dcn`` or ``plugins`` (mmdet), which are not supported.
 
@@ -186,11 +185,13 @@ class ResNet(BaseModule):
         if depth not in self.arch_settings:
             raise KeyError(f"{op}: depth is {depth!r}; wanted one of {listed(list(self.arch_settings))}")
         assert 1 <= num_stages <= 4, f"{op}: num_stages is {num_stages}; wanted 1 to 4"
-        for name, values in (("strides", strides), ("dilations", dilations)):
-            assert len(values) == num_stages, (
+        for name, values in (("strides", strides), ("dilations", dilations), ("out_indices", out_indices)):
+            if not isinstance(values, Sequence) or not all(isinstance(v, int) for v in values):
+                raise TypeError(f"{op}: {name} is {values!r}; wanted a tuple or list of int")
+            assert name == "out_indices" or len(values) == num_stages, (
                 f"{op}: {name} is {values}; wanted num_stages = {num_stages} values"
             )
-        assert min(out_indices) >= 0 and max(out_indices) < num_stages, (
+        assert out_indices and min(out_indices) >= 0 and max(out_indices) < num_stages, (
             f"{op}: out_indices is {out_indices}; wanted 0 to {num_stages - 1}"
         )
         assert -1 <= frozen_stages <= num_stages, (
@@ -287,7 +288,7 @@ class ResNet(BaseModule):
             return f"{self.norm1_name} {obstacle}"
         if obstacle := relu_obstacle(self.relu):
             return f"relu {obstacle}"
-        return "a hook for all modules is set" if _has_any_global_hook() else ""
+        return observed()
 
     def _stem(self, x: Tensor) -> Tensor | Pending:
         """The stem before its pooling."""
@@ -306,7 +307,7 @@ class ResNet(BaseModule):
     def _pool(self, z: Tensor | Pending) -> Tensor:
         pool = self.maxpool
         # Anything else than the pooling that was built is called as a module.
-        if type(pool) is nn.MaxPool2d and not hooked(pool) and not _has_any_global_hook():
+        if type(pool) is nn.MaxPool2d and not hooked(pool) and not observed():
             geometry = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
             if geometry == (3, 2, 1, 1) and not pool.ceil_mode and not pool.return_indices:
                 return max_pool(z)
@@ -334,7 +335,7 @@ class ResNet(BaseModule):
         between: Tensor | Linked = x
         for i, name in enumerate(self.res_layers):
             layer = self._modules[name]
-            if type(layer) is ResLayer and not hooked(layer) and not _has_any_global_hook():
+            if type(layer) is ResLayer and not hooked(layer) and not observed():
                 between = layer.chained(between, linked=i < last and i not in self.out_indices)
             else:
                 between = layer(materialize(between))  # type: ignore[misc]

@@ -18,10 +18,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from fastres._fusable import check_input, check_values, hooked, norm_obstacle, relu_obstacle
+from fastres._fusable import check_input, check_values, hooked, norm_obstacle, observed, relu_obstacle
 from fastres._norm import DropPath, FusedBatchNorm2d, FusedSyncBatchNorm, convert_sync_batchnorm
 from fastres._registry import MODELS, build_activation_layer, build_conv_layer, build_norm_layer
 from fastres.functional import Linked, Pending, add_relu, add_relu_linked, conv_bn, conv_bn_relu, materialize
@@ -131,7 +130,7 @@ class ResidualBlock(BaseModule):
             return f"drop_path is {type(self.drop_path).__name__}"
         if hooked(self.drop_path):
             return "drop_path has hooks"
-        return "a hook for all modules is set" if _has_any_global_hook() else ""
+        return observed()
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] to [N, out_channels, ceil(H / stride), ceil(W / stride)].

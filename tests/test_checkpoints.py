@@ -93,6 +93,19 @@ def test_the_report_names_every_key_and_its_nearest():
     assert torch.equal(b.conv1.weight, before["conv1.weight"])
 
 
+def test_dtypes_are_noted_and_kinds_are_kept():
+    a, b = randomize(fastres.ResNet(18)), randomize(fastres.ResNet(18), seed=3)
+    half = {k: v.half() if v.is_floating_point() else v for k, v in a.state_dict().items()}
+    before = {k: v.clone() for k, v in b.state_dict().items()}
+    for dtype in (torch.int32, torch.complex64, torch.bool):
+        with pytest.raises(CheckpointError, match=f"'conv1.weight' is {str(dtype)[6:]}; wanted float32"):
+            load_checkpoint(b, half | {"conv1.weight": a.conv1.weight.detach().to(dtype)}, strict=False)
+    assert all(torch.equal(v, before[k]) for k, v in b.state_dict().items()), "nothing was loaded"
+    assert load_checkpoint(b, half).notes == ["100 tensors went from float16 to float32"]
+    assert torch.equal(b.conv1.weight, half["conv1.weight"].float())
+    assert not load_checkpoint(b, a.state_dict()).notes
+
+
 def test_heads():
     a, backbone = classifier(), fastres.ResNet(18)
     report = load_checkpoint(backbone, export_state_dict(a, "torchvision"))
@@ -130,6 +143,15 @@ def test_files(tmp_path):
     (tmp_path / "a.pkl").write_bytes(b"")
     with pytest.raises(ValueError, match="is a pickle, which can run code"):
         load_checkpoint(b, str(tmp_path / "a.pkl"))
+    (tmp_path / "b.pth").write_bytes(b"garbage")
+    torch.save(a, tmp_path / "whole.pth")  # a module: reading it could run anything
+    for name in ("b.pth", "whole.pth"):
+        with pytest.raises(ValueError, match=f"{name}' is not a file of tensors .* weights_only=False"):
+            load_checkpoint(b, tmp_path / name)
+        with pytest.raises(ValueError, match="init_cfg: Pretrained: checkpoint .* is not a file of tensors"):
+            fastres.ResNet(18, pretrained=str(tmp_path / name)).init_weights()
+    with pytest.raises(TypeError, match="model is dict; wanted an nn.Module"):
+        load_checkpoint({}, a.state_dict())
     with pytest.raises(TypeError, match="checkpoint is list; wanted a path or a dict"):
         load_checkpoint(b, [1])
     with pytest.raises(ValueError, match="format is 'keras'; wanted one of torchvision, timm"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import random
+import warnings
 
 import pytest
 import torch
@@ -465,6 +467,68 @@ def test_constants_are_looked_at_again():
     assert not torch.equal(net(x), x)
     net.skip = True
     assert torch.equal(net(x), x) and net.fused_obstacle() == "skip has changed"
+
+
+# ------------------------------------------------------------------------------------------- who looks in from outside
+
+
+def sequence() -> nn.Sequential:
+    torch.manual_seed(3)
+    return randomize(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4))
+    )
+
+
+def test_a_slice_of_a_fused_sequence():
+    """Slicing calls the class of the sequence, here the fused one, for a module that has no plan."""
+    net = sequence()
+    plain = copy.deepcopy(net)
+    fastres.fuse_(net)
+    part, x = net[:3], torch.randn(2, 3, 6, 6)
+    assert "made from a fused module" in part.fused_obstacle() and net.fused_obstacle() == ""
+    assert torch.equal(part(x), plain[:3](x))
+    report = fastres.fuse_(part)
+    assert [row.text for row in report.fused] == ["0+1+2"] and part.fused_obstacle() == ""
+    assert torch.equal(part(x), plain[:3](x)) and torch.equal(net(x), plain(x))
+    assert fastres.unfuse_(net[3:]) == 2, "the slice itself, and the norm that it shares"
+    assert net.fused_obstacle() == "4 is BatchNorm2d" and torch.equal(net(x), plain(x))
+
+
+def test_fx_sees_the_modules_of_the_original():
+    for net in (sequence(), randomize(Net())):
+        plain = copy.deepcopy(net)
+        fastres.fuse_(net)
+        assert inspect.signature(net.forward) == inspect.signature(plain.forward)
+        graph, want = torch.fx.symbolic_trace(net), torch.fx.symbolic_trace(plain)
+        assert graph.code == want.code
+        x = torch.randn(2, 3, 32, 32)
+        assert torch.equal(graph(x), plain(x))
+        for (name, got), buffer in zip(graph.named_buffers(), plain.buffers(), strict=True):
+            assert torch.equal(got, buffer), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "make", [sequence, Net, lambda: fastres.ResNet(50, base_channels=4, stem_channels=4)]
+)
+def test_jit_trace_records_the_modules(make, backend):
+    """Its own check compares two recordings."""
+    net = randomize(make()).eval()
+    fastres.fuse_(net)
+    x, other = torch.randn(2, 2, 3, 32, 32)
+    with FF.backend(backend), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(net, x)
+    torch.testing.assert_close(traced(other), net(other), rtol=1e-4, atol=1e-5)
+
+
+def test_export_takes_the_names_of_the_original_arguments():
+    net = sequence().eval()
+    fastres.fuse_(net)
+    sizes = {"input": {0: torch.export.Dim("batch", min=1, max=16)}}
+    exported = torch.export.export(net, (torch.randn(4, 3, 6, 6),), dynamic_shapes=sizes).module()
+    x = torch.randn(9, 3, 6, 6)
+    torch.testing.assert_close(exported(x), net(x), rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------ channels_last

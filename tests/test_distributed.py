@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -176,22 +177,44 @@ def skipped(rank: int, world: int) -> dict[str, Any]:
     return answer
 
 
-def collectives(rank: int, world: int) -> dict[str, Any]:
-    """How many collectives a step of one layer takes."""
-    from torch.distributed import _functional_collectives as functional
+def communication(call: Any) -> list[str]:
+    """Every collective that a call ends in, in order: the process group's own operators, whoever asks for them."""
+    from torch.profiler import ProfilerActivity, profile
 
-    calls: list[str] = []
-    kept = functional.all_gather_tensor, functional.all_reduce
-    functional.all_gather_tensor = lambda *a, **k: (calls.append("forward"), kept[0](*a, **k))[1]  # type: ignore[assignment]
-    functional.all_reduce = lambda *a, **k: (calls.append("backward"), kept[1](*a, **k))[1]  # type: ignore[assignment]
-    try:
-        norm = fastres.FusedSyncBatchNorm(3)
-        x = torch.randn(2, 3, 4, 4, requires_grad=True)
-        norm(x).backward(torch.randn(2, 3, 4, 4))
-        norm.eval()(x)
-    finally:
-        functional.all_gather_tensor, functional.all_reduce = kept
-    return dict(calls=calls)
+    with profile(activities=[ProfilerActivity.CPU]) as log:
+        call()
+    events = sorted(log.events(), key=lambda event: event.time_range.start)
+    return [e.name.removeprefix("c10d::").strip("_") for e in events if e.name.startswith("c10d::")]
+
+
+def counted(rank: int, world: int) -> dict[str, Any]:
+    """Collectives of a whole step, of layers alone and of every form in which a layer may run."""
+    layers = dict(
+        norm=fastres.FusedSyncBatchNorm(8, relu=True),
+        basic=randomize(fastres.BasicBlock(8, 8, norm_cfg=dict(type="FusedSyncBN"))),
+        stage=stage(),
+    )
+    answer: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # a collective that torch has renamed
+        for backend in ("auto", "reference"):
+            for moments in ("on", "off"):
+                for name, layer in layers.items():
+                    x = (
+                        stage_data(0, 2)[0]
+                        .float()
+                        .contiguous(memory_format=torch.channels_last)
+                        .requires_grad_()
+                    )
+                    with fastres.backend(backend), fastres.functional.moments(moments):
+                        y: list[Tensor] = []
+                        forward = communication(lambda layer=layer, x=x, y=y: y.append(layer(x)))
+                        backward = communication(lambda y=y: y[0].backward(torch.randn(y[0].shape)))
+                    norms = sum(isinstance(m, fastres.FusedSyncBatchNorm) for m in layer.modules())
+                    answer[f"{name}, {backend}, {moments}"] = (norms, forward, backward)
+    layers["stage"].eval()
+    answer["eval"] = (0, communication(lambda: layers["stage"](x)), [])
+    return answer
 
 
 def _train(model: nn.Module, rank: int, world: int) -> dict[str, Any]:
@@ -243,7 +266,7 @@ def fused_peer(rank: int, world: int) -> dict[str, Any]:
     return out
 
 
-QUESTIONS = [uneven, moment_form, skipped, groups, collectives, ddp, fsdp, fused_peer]
+QUESTIONS = [uneven, moment_form, skipped, groups, counted, ddp, fsdp, fused_peer]
 
 
 def worker(rank: int, world: int, folder: str) -> None:
@@ -333,8 +356,18 @@ def test_process_group_is_honoured(world):
             torch.testing.assert_close(got["var"], norm.running_var)
 
 
-def test_one_collective_each_way(world):
-    assert all(answers["collectives"]["calls"] == ["forward", "backward"] for answers in world)
+def test_one_collective_each_way_for_every_layer(world):
+    """The forward gathers (count, mean, M2) once a layer, the backward sums at most once; nothing else is sent."""
+    for answers in world:
+        assert len(answers["counted"]) == 13
+        for name, (norms, forward, backward) in answers["counted"].items():
+            shared = name.startswith(
+                "stage"
+            )  # the two norms that end its first block send their sums together
+            assert (len(forward), len(backward)) == (norms, norms - shared), (name, norms, forward, backward)
+            assert all("allgather" in op for op in forward) and all("allreduce" in op for op in backward), (
+                name
+            )
 
 
 def test_a_batch_that_is_not_finite_can_be_kept_out_on_every_rank(world):

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import fastres
 from fastres import functional as FF
+from fastres.kernels._launch import channels_last
 from fastres.kernels._triton import INTERPRET
 from tests.parity import randomize
 from tests.plain_resnet import Block as PlainBlock
@@ -227,6 +228,37 @@ def test_one_graph_for_every_batch_size(route, training):
             torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-4 * size, msg=name)
     for (name, p), q in zip(plain.named_buffers(), compiled.buffers(), strict=True):
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5, msg=name)
+
+
+class _Symbolic:
+    """A tensor as torch 2.11 shows it to a compiler: of symbolic sizes, and by its own word in no layout."""
+
+    class Size(int):
+        pass
+
+    def __init__(self, like: Tensor) -> None:
+        self.shape, self.like = [self.Size(n) for n in like.shape], like
+
+    def is_contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
+        return False
+
+    def stride(self, i: int) -> int:
+        return self.like.stride(i)
+
+    def dim(self) -> int:
+        return self.like.dim()
+
+
+def test_layout_by_strides_where_torch_does_not_tell():
+    for shape in ((2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 3, 4, 1), (1, 1, 1, 1)):
+        for memory in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(shape).contiguous(memory_format=memory)
+            want = x.is_contiguous(memory_format=torch.channels_last)
+            assert channels_last(x) == channels_last(_Symbolic(x)) == want, (shape, memory)
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    for strided in (x[:, :, ::2], x[:, :2], x[:, :, :, 1:], x.transpose(2, 3)):
+        assert not channels_last(strided) and not channels_last(_Symbolic(strided))
+    assert not channels_last(_Symbolic(torch.randn(3, 4)))
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -234,6 +234,23 @@ def test_values_written_through_data_need_forget(net, x):
     assert not torch.equal(infer(net, x), before)
 
 
+@pytest.mark.parametrize("how", ["eval", "train and eval", "a norm alone"])
+def test_values_written_through_data_before_a_change_of_mode(net, x, how):
+    """As mmengine's EMAHook swaps weights: no version counter tells, but whoever evaluates calls eval()."""
+    before = infer(net, x)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.data.copy_(p.data * 1.5)
+    if how == "a norm alone":
+        for m in net.modules():
+            if isinstance(m, fastres.FusedBatchNorm2d):
+                m.eval()
+    else:
+        (net.train() if "train" in how else net).eval()
+    assert not torch.equal(assert_fresh(net, x), before)
+    assert not any("modes" in key for key in net.state_dict())
+
+
 def test_mode_changes_cost_one_refold(net, x, monkeypatch):
     made = []
     fold = fastres._inference.fold
@@ -408,9 +425,10 @@ def test_a_norm_without_bias_keeps_its_weight(x, monkeypatch):
     fold = fastres._inference.fold
     monkeypatch.setattr(fastres._inference, "fold", lambda *a: (made.append(1), fold(*a))[1])
     conv = nn.Conv2d(8, 6, 3)
+    norm.eval()
     for _ in range(3):
         with torch.no_grad():
-            functional.conv_bn_relu(x, conv, norm.eval().fused()).tensor()
+            functional.conv_bn_relu(x, conv, norm.fused()).tensor()
     assert len(made) == 1
 
 

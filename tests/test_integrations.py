@@ -109,6 +109,28 @@ def test_torchvision_norm_layer():
     torch.testing.assert_close(ours(x), plain(x))
 
 
+@pytest.mark.parametrize("how", ["fuse_", "norm_layer"])
+def test_torchvision_feature_extractor(how):
+    """It traces a model with torch.fx and cuts it: the same nodes, the same features, parameters shared."""
+    models, extraction = peer("torchvision.models"), peer("torchvision.models.feature_extraction")
+    plain = models.resnet18()
+    ours = (
+        models.resnet18(norm_layer=fastres.FusedBatchNorm2d) if how == "norm_layer" else copy.deepcopy(plain)
+    )
+    ours.load_state_dict(plain.state_dict())
+    fastres.fuse_(ours)
+    assert extraction.get_graph_node_names(ours) == extraction.get_graph_node_names(plain)
+    nodes = {"layer2": "a", "layer4.1.bn1": "b"}
+    got, want = (extraction.create_feature_extractor(m, return_nodes=nodes) for m in (ours, plain))
+    assert got.layer1 is not ours.layer1 and got.conv1.weight is ours.conv1.weight
+    x = torch.randn(2, 3, 64, 64)
+    for training in (True, False):
+        a, b = got.train(training)(x), want.train(training)(x)
+        for name in ("a", "b"):
+            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-4)
+    assert ours.bn1.num_batches_tracked == 1
+
+
 @pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, None])
 def test_batch_norm_act(act, randn):
     timm = peer("timm.layers")

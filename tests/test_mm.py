@@ -152,6 +152,49 @@ def test_the_hook_fuses_mmpretrains_own(tmp_path):
     assert "backbone.layer1.0.bn1.weight" in saved
 
 
+@pytest.mark.parametrize("backbone", ["fastres.ResNet", "ResNet"])
+def test_synchronised_norms_in_a_run_of_one_process(tmp_path, backbone):
+    """mmengine takes them back to a norm of its own; the hook fuses that."""
+    model = model_config("norm")
+    model["backbone"] |= dict(type=backbone, norm_cfg=dict(type="fastres.FusedSyncBN"))
+    hooks = [dict(type="fastres.FuseHook")]
+    net = inner(run(tmp_path, model, custom_hooks=hooks).model)
+    norms = {type(m) for m in net.modules() if isinstance(m, _BatchNorm)}
+    assert norms == {fastres.FusedBatchNorm2d} and net.backbone.layer1[0].fused_obstacle() == ""
+    fastres.unfuse_(net)
+    assert type(net.backbone.bn1).__name__ == "_BatchNormXd"
+
+
+def test_validation_with_averaged_weights_leaves_nothing_behind(tmp_path):
+    """EMAHook swaps weights through ``.data`` around a validation: what was folded there must not serve later."""
+    loader = dict(
+        batch_size=4, num_workers=0, dataset=dict(type="Pictures"),
+        sampler=dict(type="DefaultSampler", shuffle=False), collate_fn=dict(type="pseudo_collate"),
+    )  # fmt: skip
+    net = inner(run(
+        tmp_path, model_config("both"), custom_hooks=[dict(type="EMAHook", momentum=0.1, update_buffers=True)],
+        val_dataloader=loader, val_cfg=dict(), val_evaluator=dict(type="Accuracy"),
+    ).model)  # fmt: skip
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        got = net.eval().backbone(x)[0]
+        fastres.forget_folded()
+        torch.testing.assert_close(got, net.backbone(x)[0])
+    assert "accuracy/top1" in next(tmp_path.glob("*/*.log")).read_text()
+
+
+@pytest.mark.parametrize("scope", [None, "mmdet"])
+def test_the_runner_under_another_default_scope(tmp_path, scope):
+    model = model_config("both")
+    model["neck"]["type"], model["head"]["type"] = (
+        "mmpretrain.GlobalAveragePooling",
+        "mmpretrain.LinearClsHead",
+    )
+    model["head"]["loss"]["type"] = "mmpretrain.CrossEntropyLoss"
+    net = inner(run(tmp_path, model, default_scope=scope).model)
+    assert type(net.backbone) is fastres.ResNet and int(net.backbone.bn1.num_batches_tracked) == 2
+
+
 @pytest.mark.parametrize("scope", ["mmpretrain", "mmdet", None])
 def test_every_default_scope(scope):
     registry = peer("mmengine.registry")
@@ -228,7 +271,7 @@ def test_the_configs_of_the_documentation():
             after.pop("init_cfg", {}).get("checkpoint"),
             before.pop("init_cfg", {}).get("checkpoint"),
         }
-        assert pretrained <= {None, "resnet50.pth", "torchvision://resnet50"}
+        assert pretrained <= {None, "torchvision://resnet50"}
         with registry.DefaultScope.overwrite_default_scope(scope), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)

@@ -9,7 +9,7 @@ of them for a shape class there (``_tuned``); without one the rule below does.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +23,12 @@ __all__ = [
     "Cut",
     "Matrix",
     "Tile",
+    "channels_last",
     "cut",
     "default_tile",
     "dense",
     "elementwise",
+    "lies_as",
     "matrix",
     "on",
     "partial_bytes",
@@ -90,16 +92,35 @@ class Cut(NamedTuple):
     per_chunk: int  # values a channel has in a full chunk
 
 
+def channels_last(x: Tensor) -> bool:
+    """Whether ``x`` [N, C, H, W] is dense in channels_last.
+
+    ``Tensor.is_contiguous`` of torch 2.11 denies that of everything with a symbolic size, as torch.compile makes them
+    for a batch whose size changes; there the strides tell.
+    """
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return True
+    symbolic = torch.compiler.is_compiling() or any(type(size) is not int for size in x.shape)
+    if x.dim() != 4 or not symbolic:
+        return False
+    wanted: Any = 1
+    for i in (1, 3, 2, 0):
+        if x.shape[i] != 1 and x.stride(i) != wanted:
+            return False
+        wanted = wanted * x.shape[i]
+    return True
+
+
 def dense(x: Tensor) -> bool:
     """True for a contiguous NCHW or channels_last tensor."""
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return x.is_contiguous() or channels_last(x)
 
 
 def matrix(x: Tensor) -> Matrix:
     """The matrix that a dense activation is; where both layouts hold, the one with the longer rows."""
     n, c, h, w = x.shape
     hw = h * w
-    last = x.is_contiguous(memory_format=torch.channels_last)
+    last = channels_last(x)
     if not last and not x.is_contiguous():
         raise ValueError(
             f"fastres kernels: activation has shape {list(x.shape)} and stride {list(x.stride())}; wanted a "
@@ -115,9 +136,14 @@ def like(x: Tensor, m: Matrix) -> torch.memory_format:
     return torch.channels_last if m.nhwc else torch.contiguous_format
 
 
+def lies_as(x: Tensor, m: Matrix) -> bool:
+    """Whether ``x`` is dense in the layout of ``m``."""
+    return channels_last(x) if m.nhwc else x.is_contiguous()
+
+
 def same_layout(x: Tensor, m: Matrix) -> Tensor:
     """``x`` as it is; ValueError where it does not lie in memory as ``m`` does, for nothing is copied silently."""
-    if not x.is_contiguous(memory_format=like(x, m)):
+    if not lies_as(x, m):
         raise ValueError(
             f"fastres kernels: second operand has stride {list(x.stride())}; wanted "
             f"{'channels_last' if m.nhwc else 'contiguous NCHW'}, as the first operand has"

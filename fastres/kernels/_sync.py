@@ -28,7 +28,9 @@ def merge_over_group(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple
 
     c = mean.shape[0]
     row = torch.cat([mean, var * count, mean.new_full((1,), float(count))])
-    rows = collectives.wait_tensor(collectives.all_gather_tensor(row.unsqueeze(0), 0, group))
+    # torch 2.13 renamed it, and warns of the old name.
+    gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+    rows = collectives.wait_tensor(gather(row.unsqueeze(0), 0, group))
     means, m2, counts = rows[:, :c], rows[:, c : 2 * c], rows[:, 2 * c :]
     total = counts.sum()
     divisor = total.clamp(min=1)

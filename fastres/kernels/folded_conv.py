@@ -141,6 +141,8 @@ def onednn_conv(
     assert not (torch.is_grad_enabled() and (x.requires_grad or other is not None and other.requires_grad))
     where = (g.padding, g.stride, g.dilation, g.groups)
     fused = relu and inner
+    if other is not None and not own and other.shape[2:] == (1, 1):
+        other, own = other.clone(), True  # torch 2.11 refuses a sum of single pixels that is not in place
     if other is None:
         y = torch.ops.mkldnn._convolution_pointwise(x, *f, *where, "relu" if fused else "none", [], "")
     else:

@@ -40,7 +40,7 @@ from fastres import reference
 from fastres.kernels import _pointwise as fwd
 from fastres.kernels import _pointwise_backward as bwd
 from fastres.kernels import _tuned
-from fastres.kernels._launch import on
+from fastres.kernels._launch import channels_last, on
 from fastres.kernels._library import Traffic, register
 from fastres.kernels._merge import merge_sums
 
@@ -132,7 +132,7 @@ def _read(x: Tensor, stride: int) -> Tensor:
 
 
 def _rows(x: Tensor, op: str) -> Tensor:
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    if not channels_last(x):
         raise ValueError(f"{op}: input has stride {list(x.stride())}; wanted channels_last")
     return x
 
