@@ -15,7 +15,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastres import _folding
-from fastres._routing import BatchNorm, decide_folded, get_folding, record
+from fastres._routing import BatchNorm, decide_folded, decide_pair, get_folding, record
+from fastres.kernels import _tuned
 from fastres.kernels import fused_conv_bn_relu as pointwise_ops
 from fastres.kernels.folded_conv import (
     Folded,
@@ -23,12 +24,15 @@ from fastres.kernels.folded_conv import (
     aten_conv,
     fold,
     folded_conv,
+    folded_key,
     geometry,
     onednn_conv,
     pack,
+    pair_key,
 )
 
-__all__ = ["Check", "conv_add_relu", "convolve", "convolve_pair", "inference_layout", "off"]
+__all__ = ["Check", "conv_add_relu", "convolve", "convolve_pair", "for_product", "inference_layout", "off", "product",
+           "run"]  # fmt: skip
 
 LAST = torch.channels_last
 Check = Callable[
@@ -74,10 +78,15 @@ class _Layer(NamedTuple):
                 self.check(self.out, x)
             f = fold(*sources[:6], sources.eps, x.dtype, torch.float32 if route == "triton" else x.dtype)
             if route == "triton":
-                return Folded(f.weight.reshape(f.weight.shape[:2]).contiguous(), f.bias)
+                return for_product(f)
             return pack(f, self.geometry, tuple(x.shape)) if route == "onednn" and not _fake(x) else f
 
         return _folding.get(conv, (route, x.dtype), sources, make)
+
+
+def for_product(f: Folded) -> Folded:
+    """The weight [N, C, 1, 1] as the matrix that the block end's product reads; its bias is float32."""
+    return Folded(f.weight.reshape(f.weight.shape[:2]).contiguous(), f.bias)
 
 
 def _fake(x: Tensor) -> bool:
@@ -182,14 +191,23 @@ def convolve(
         return "the identity has another dtype"
     op = "conv_bn" + ("_add" if other is not None else "") + ("_relu" if relu else "")
     others = () if other is None else (other,)
-    product = layer.pointwise and relu and layer.geometry.stride == (1, 1)
-    route, reason = decide_folded(op, x, others, product)
+    pointwise = layer.pointwise and relu and layer.geometry.stride == (1, 1)
+    key: _tuned.Key = ()
+    if relu and _tuned.routed():
+        key = folded_key(x, layer.conv.weight.shape, layer.geometry, other is not None)
+    route, reason = decide_folded(op, x, others, pointwise, key)
     record(op, x, route, f"norm folded; {reason}" if bn is not None else reason, () if bn is None else (bn,))
-    f, g = layer.folded("triton" if route == "reference" and product and _last(x) else route), layer.geometry
+    g = layer.geometry
+    f = layer.folded("triton" if route == "reference" and pointwise and _last(x) else route)
     if route == "onednn" and not _fake(x):
         return onednn_conv(x, f, g, relu, other, own, inner)
+    return run(route, x, f, g, relu, other)
+
+
+def run(route: str, x: Tensor, f: Folded, g: Geometry, relu: bool, other: Tensor | None) -> Tensor:
+    """``relu(conv(x) + other)`` on a route of ``decide_folded`` other than oneDNN's, from the weight for that route."""
     if f.weight.dim() == 2:
-        return _product(x, f, other)
+        return product(x, f, other)
     if route in ("cudnn", "reference"):
         return folded_conv(x, *f, other, *g, relu)
     with torch.autocast(x.device.type, enabled=False):
@@ -200,7 +218,7 @@ def _last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=LAST)
 
 
-def _product(
+def product(
     x: Tensor,
     f: Folded,
     other: Tensor | None,
@@ -208,6 +226,7 @@ def _product(
     f2: Folded | None = None,
     stride2: int = 1,
 ) -> Tensor:
+    """``relu(conv(x) + other)``, or ``relu(conv(x) + conv2(x2))``, by one product; weights of ``for_product``."""
     two = (None, None) if f2 is None else tuple(f2)
     return pointwise_ops.pointwise_end(
         x, None, None, None, None, 0.0, False, *f, other, x2, *two, stride2, None, False
@@ -231,9 +250,12 @@ def convolve_pair(
     route, reason = decide_folded("conv_bn_add_relu", first.x, (), True)
     if route not in ("triton", "reference"):
         return reason
+    channels = first.conv.out_channels
+    if _tuned.routed() and not decide_pair(pair_key(first.x, second.x, channels, stride2[0])):
+        return "two convolutions are faster on this GPU by the tuning table"
     record("conv_bn_add_relu", first.x, route, f"norm folded; {reason}; with the downsample's", (bn,))
     record("conv_bn", second.x, route, f"norm folded; {reason}; in the block end's product", (bn2,))
-    return _product(
+    return product(
         first.x, first.folded("triton"), None, second.x, second.folded("triton"), stride2[0]
     )  # fmt: skip
 
