@@ -211,8 +211,13 @@ def test_a_table_chooses_the_routes_of_inference():
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     assert folded_routes(net, x[:1])[0] == ["triton", "cudnn", "triton", "triton"]  # another class
     assert folded_routes(net, x.contiguous())[0][0] != "folded"
-    with functional.backend("reference"):  # what was asked for
-        assert set(folded_routes(net, x)[0]) == {"reference"}
+    for backend, wanted in (
+        ("reference", {"reference"}),
+        ("triton", {"triton", "cudnn"}),
+    ):  # what was asked for
+        with functional.backend(backend):
+            assert set(folded_routes(net, x)[0]) == wanted
+    assert routes == ["triton", "cudnn", "cudnn", "folded"]
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -533,6 +538,22 @@ def test_command(tmp_path, capsys):
 @pytest.mark.interpret
 def test_command_in_a_trial(tmp_path, capsys):
     path = tmp_path / "t.json"
-    assert main(["tune", "--batch", "1", "--size", "32", "--dtype", "fp32", "--trial", "--out", str(path),
-                 "--rounds", "1", "--budget", "1s"]) == 0  # fmt: skip
-    assert "0 measured" in capsys.readouterr().out
+    arguments = [
+        "tune",
+        "--batch",
+        "1",
+        "--size",
+        "32",
+        "--dtype",
+        "fp32",
+        "--trial",
+        "--out",
+        str(path),
+        "--rounds",
+        "1",
+    ]
+    assert main([*arguments, "--infer", "--budget", "60s"]) == 0
+    assert "9 measured" in (said := capsys.readouterr().out) and "0 of 9 left" in said
+    data = json.loads(path.read_text())
+    assert {r["kernel"] for r in data["configs"]} == {"end", "elementwise"}
+    assert {r["op"] for r in data["routes"]} == {"folded_product", "folded_conv", "folded_pair"}
