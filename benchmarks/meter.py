@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.nets import network
 from benchmarks.passes import nbytes, passes_of, tensors
-from fastres import functional
+from fastres import _folding, functional
 
 __all__ = ["DTYPES", "Owners", "Pass", "Trace", "trace", "trace_call", "trace_model"]
 
@@ -65,6 +65,13 @@ class Owners:
         self._of: dict[int, str] = {}
         for name, t in [*model.named_parameters(), *model.named_buffers()]:
             self._of[_storage(t)] = name.rpartition(".")[0].removeprefix("backbone.")
+
+    def adopt_folded(self, model: nn.Module) -> None:
+        """Weights that norms were folded into are their convolutions'; call it after the pass that made them."""
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d):
+                for folded in _folding.held(module):
+                    self._of.update({_storage(t): name.removeprefix("backbone.") for t in folded})
 
     def layer(self, given: list[Tensor]) -> str:
         """A per-channel vector names the layer, else the last operand: of a gradient and an activation the latter."""
@@ -173,6 +180,7 @@ def trace_model(
         if not train:
             with torch.no_grad(), _autocast(dtype):
                 model(x)  # folds the norms, once for all passes
+            meter.owners.adopt_folded(model)
             with torch.no_grad(), _autocast(dtype), meter:
                 model(x)
             return Trace(meter.passes, 0, meter.assumed)
