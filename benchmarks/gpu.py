@@ -69,7 +69,7 @@ def stages(out: Path, dry: bool, limit: float) -> dict[int, list[Step]]:
     budget = lambda share: ["--budget", f"{max(1.0, share * limit):.0f}s"]  # noqa: E731
     tuned = ["--model", "resnet50", "--batch", "256", *budget(0.85)]
     if dry:
-        tuned = "--batch 1 --size 32 --dtype fp32 --rounds 1 --trial --budget 10s --out".split()
+        tuned = "--batch 1 --size 32 --dtype fp32 --rounds 1 --trial --infer --budget 60s --out".split()
         tuned.append(f"{text}/tuned.json")
     table = (("FASTRES_CACHE", text),)  # where stage 3 writes its table and stage 4 finds it
     trial = (*table, ("TRITON_INTERPRET", "1")) if dry else table
