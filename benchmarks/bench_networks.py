@@ -8,5 +8,5 @@ from benchmarks.cases import net_case
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "infer"])
-def bench_network(compare, full, batch, dtype, network, train):
-    compare(net_case(network, batch, 224 if full else 64), train, dtype)
+def bench_network(compare, size, batch, dtype, network, train):
+    compare(net_case(network, batch, size), train, dtype)

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks.modules import BlockEnd, BnRelu, MomentEnd, Shortcut, StemPool
+from benchmarks.modules import BlockEnd, BnRelu, Conv3x3, MomentEnd, Shortcut, StemPool
 from benchmarks.nets import network
+from fastres import functional
 
 __all__ = ["NAMES", "REFERENCE", "Alternative", "Case", "alternatives", "blocks", "by_cost", "net_case", "operations",
            "prepare", "wanted"]  # fmt: skip
@@ -32,12 +33,13 @@ class Case(NamedTuple):
 
 
 class Alternative(NamedTuple):
-    """A way to run a case: which norm, in which memory format, how."""
+    """A way to run a case: which norm, in which memory format, how, and whether 3x3 convolutions are this package's."""
 
     norm: str
     channels_last: bool
     how: str = ""  # "", compile, compile-max
     graph: bool = False
+    own3x3: bool = False
 
 
 NAMES: dict[str, Alternative] = {
@@ -45,13 +47,17 @@ NAMES: dict[str, Alternative] = {
     "eager channels_last": Alternative("BN", True),
     "compile": Alternative("BN", False, "compile"),
     "compile channels_last": Alternative("BN", True, "compile"),
+    "compile max-autotune": Alternative("BN", False, "compile-max"),
     "compile max-autotune channels_last": Alternative("BN", True, "compile-max"),
     "fastres": Alternative("FusedBN", False),
     "fastres channels_last": Alternative("FusedBN", True),
+    "fastres own 3x3 channels_last": Alternative("FusedBN", True, own3x3=True),
     "fastres compiled channels_last": Alternative("FusedBN", True, "compile"),
     "eager graph": Alternative("BN", False, "", True),
     "eager graph channels_last": Alternative("BN", True, "", True),
+    "compile graph": Alternative("BN", False, "compile", True),
     "compile graph channels_last": Alternative("BN", True, "compile", True),
+    "compile max-autotune graph": Alternative("BN", False, "compile-max", True),
     "compile max-autotune graph channels_last": Alternative("BN", True, "compile-max", True),
     "fastres graph": Alternative("FusedBN", False, "", True),
     "fastres graph channels_last": Alternative("FusedBN", True, "", True),
@@ -70,6 +76,9 @@ def operations(batch: int, scale: int = 1) -> list[Case]:
         shape = (batch, c, s, s)
         cases.append(Case("operation", f"bn+relu {c}x{s}", (shape,), lambda k, c=c: BnRelu(c, k)))
         cases.append(Case("operation", f"block end {c}x{s}", (shape, shape), lambda k, c=c: BlockEnd(c, k)))
+    for c, side in ((64, 56), (256, 14)):
+        s = max(side // scale, 4)
+        cases.append(Case("operation", f"3x3 {c}x{s}", ((batch, c, s, s),), lambda k, c=c: Conv3x3(c, k)))
     # A bottleneck's end from the raw output of its 3x3 convolution: stages 1 and 3, plain and with a downsample branch.
     for c, side, down, stride in ((64, 56, 0, 1), (256, 14, 0, 1), (128, 28, 256, 2)):
         s, wide = max(side // scale, 4), 4 * c
@@ -123,7 +132,8 @@ def net_case(name: str, batch: int, size: int = 224) -> Case:
 
 
 def wanted(case: Case, device: torch.device, compiled: bool, full: bool) -> list[str]:
-    """Names of the alternatives to time; ``full`` adds graphs, max-autotune and other packages' networks."""
+    """Names of the alternatives to time; ``full`` adds graphs, max-autotune and other packages' networks. NCHW is left
+    out where it would be captured or autotuned for long; it can be asked for by name."""
     names = ["eager", "eager channels_last", "fastres", "fastres channels_last"]
     if compiled:
         names.append("compile channels_last")
@@ -131,7 +141,12 @@ def wanted(case: Case, device: torch.device, compiled: bool, full: bool) -> list
         graphs = case.network and device.type == "cuda"
         for n, a in NAMES.items():
             foreign = a.norm in ("torchvision", "timm")
-            if n not in names and not foreign and (compiled or not a.how) and (graphs or not a.graph):
+            costly = not a.channels_last and (a.how == "compile-max" or a.how and a.graph)
+            idle = a.own3x3 and (
+                device.type != "cuda" or case.family == "operation" and "3x3" not in case.name
+            )
+            left_out = foreign or costly or idle or (a.how and not compiled) or (a.graph and not graphs)
+            if n not in names and not left_out:
                 names.append(n)
         plain = case.network and case.name.removeprefix("resnet").isdigit()
         names += [f"{p} channels_last" for p in ("torchvision", "timm") if plain and find_spec(p) is not None]
@@ -253,18 +268,33 @@ def prepare(
     torch.manual_seed(0)
     model: Any = case.build(a.norm).to(device).to(memory_format=memory).train(train)
     if a.how:
-        torch._dynamo.reset()
         model = torch.compile(model, mode="max-autotune-no-cudagraphs" if a.how == "compile-max" else None)
     if case.network:
-        return _network_call(model, case, device, dtype, memory, train, a.graph)
-    return _operation_call(model, case, device, dtype, memory, train)
+        call = _network_call(model, case, device, dtype, memory, train, a.graph)
+    else:
+        call = _operation_call(model, case, device, dtype, memory, train)
+    if not a.own3x3:
+        return call
+
+    def own(i: int) -> object:
+        with functional.conv3x3("triton"):
+            return call(i)
+
+    return own
 
 
 def alternatives(
     case: Case, names: list[str], device: torch.device, dtype: torch.dtype, train: bool
 ) -> tuple[dict[str, Callable[[int], object]], dict[str, str]]:
-    """Every named alternative that could be made, and of the others why not."""
+    """Every named alternative that could be made, and of the others why not.
+
+    What was compiled before is forgotten: the networks share their code, of which the compiler keeps a few versions,
+    and it would run others uncompiled without a word; here it raises.
+    """
     ready, failed = {}, {}
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 2 * len(NAMES)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     for name in names:
         try:
             ready[name] = prepare(case, name, device, dtype, train)

@@ -11,6 +11,7 @@ from benchmarks.cases import NAMES, Case
 from benchmarks.meter import DTYPES, Pass, trace, trace_call
 from benchmarks.nets import NETWORKS
 from benchmarks.plans import compiled
+from fastres import functional
 
 __all__ = ["counted"]
 
@@ -40,6 +41,7 @@ def counted(case: Case, name: str, dtype: str, train: bool, device: torch.device
         or (case.network and case.name not in NETWORKS)
     ):
         return {}
-    passes = _passes(case, name, dtype, train, device.type == "cuda")
+    with functional.conv3x3("triton" if a.own3x3 else "cudnn"):
+        passes = _passes(case, name, dtype, train, device.type == "cuda")
     passes = compiled(passes) if a.how else passes
     return dict(bytes=sum(p.bytes for p in passes), flops=sum(p.flops for p in passes), kernels=len(passes))

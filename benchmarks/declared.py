@@ -136,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     lines = done.stdout.splitlines()
     printed = next((line for line in lines if line.startswith('[{"op"')), None)
     if done.returncode or printed is None:
-        print(f"ncu ended with {done.returncode}: see {args.ncu}", file=sys.stderr)
+        why = next((line for line in (done.stdout + done.stderr).splitlines() if "ERR_" in line), "")
+        print(f"not measured: ncu ended with {done.returncode}. {why} See {args.ncu}", file=sys.stderr)
         return 1
     print(compare(json.loads(printed), measured(lines)))
     return 0

@@ -3,14 +3,17 @@
     python -m benchmarks.gpu --stage 1              environment, selfcheck, the GPU tests
     python -m benchmarks.gpu --stage 2              ceilings, ResNet-50 baselines, where their time goes
     python -m benchmarks.gpu --stage 3              tune; the table goes to --out
-    python -m benchmarks.gpu --stage 4              fastres with that table: networks, blocks, operations; the report
-    python -m benchmarks.gpu --stage 5              compute-sanitizer, bytes by Nsight Compute against the declared
+    python -m benchmarks.gpu --stage 4              fastres with that table: networks, blocks, operations, inference,
+                                                    where its time goes; the report
+    python -m benchmarks.gpu --stage 5              compute-sanitizer, bytes by Nsight Compute against the declared,
+                                                    the host's overhead
     python -m benchmarks.gpu --stage all --dry      all of it at tiny sizes, on a CPU too
 
 A step that is done for this commit, in an unchanged working tree, is not done again, so a stage that was cut off goes
-on where it stopped (--again repeats). A step that fails does not stop the others; the exit code is 1 if any did. Every
-stage writes its log, its state and at most six more files under --out. Where there is no repository, FASTRES_COMMIT
-names the commit.
+on where it stopped (--again repeats). Steps that keep their own books (tests, rows, tuning table) are called again and
+do what is left. A step that fails does not stop the others; the exit code is 1 if any did. A tool that is missing is
+said to be and its step not run. Every stage writes its log, its state and at most six more files under --out. Where
+there is no repository, FASTRES_COMMIT names the commit.
 """
 
 from __future__ import annotations
@@ -19,12 +22,14 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 
@@ -35,14 +40,15 @@ __all__ = ["STAGES", "Step", "main", "run_stage", "stages"]
 
 
 class Step(NamedTuple):
-    """A command with the share of the stage's time that it may take, the program it needs beside Python, and what it
-    adds to the environment."""
+    """A command with the share of the stage's time that it may take, the program it needs beside Python, what it adds
+    to the environment, and whether it goes on by itself where it was stopped, and so is called again."""
 
     name: str
     command: list[str]
     share: float = 1.0
     needs: str = ""
     env: tuple[tuple[str, str], ...] = ()
+    resumes: bool = False
 
 
 def _python(*arguments: str) -> list[str]:
@@ -59,59 +65,95 @@ def stages(out: Path, dry: bool, limit: float) -> dict[int, list[Step]]:
     dtype = ["--dtype", "fp32" if dry else "bf16"]
     quick = ["--rounds", "2", "--region", "0.01s"] if dry else ["--rounds", "15"]
     every = [] if dry else ["--full"]
-    small = ["--batch", "2", "--scale", "8"] if dry else ["--batch", "256"]
+    small = ["--batch", "2", "--scale", "8", "--mode", "train"] if dry else ["--batch", "256"]
     budget = lambda share: ["--budget", f"{max(1.0, share * limit):.0f}s"]  # noqa: E731
     tuned = ["--model", "resnet50", "--batch", "256", *budget(0.85)]
     if dry:
-        tuned = "--batch 1 --size 32 --dtype fp32 --rounds 1 --trial --budget 30s --out".split()
+        tuned = "--batch 1 --size 32 --dtype fp32 --rounds 1 --trial --infer --budget 60s --out".split()
         tuned.append(f"{text}/tuned.json")
     table = (("FASTRES_CACHE", text),)  # where stage 3 writes its table and stage 4 finds it
     trial = (*table, ("TRITON_INTERPRET", "1")) if dry else table
-    profiled = ["eager channels_last"] + ([] if dry else ["compile channels_last", "fastres channels_last"])
-    sanitizer = ["compute-sanitizer", "--error-exitcode", "1"]
+    last = "eager channels_last"
+    first = [last] if dry else [last, "compile channels_last"]
+    sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
+    check = _python("fastres", "selfcheck", "--small")
+    shape = ["--shape", "2", "16", "8", "8"] if dry else []
     return {
         1: [
             Step("environment", _python("fastres", "env"), 0.1),
             Step("selfcheck", _python("fastres", "selfcheck"), 0.3),
-            Step("gpu tests", _python("pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *tests), 0.8),
+            Step("gpu tests", _python(
+                "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "benchmarks.resume", "--passed",
+                f"{text}/passed.txt", "--continue-on-collection-errors", *tests,
+            ), 0.85, resumes=True),
         ],
         2: [
             Step("ceilings", _python("benchmarks.ceilings", *rows, *(["--small"] if dry else [])), 0.2),
-            Step("baselines", _python("benchmarks.run", "--suite", "networks", *network, *dtype, *rows, *quick,
-                                      *every, "--mode", "train", *budget(0.5)), 0.65),
             Step("profile", _python("benchmarks.profile", *network, *dtype, "--out", f"{text}/profile.txt",
-                                    "--alternatives", *profiled, "--results", text), 0.4),
+                                    "--alternatives", *first, "--results", text), 0.3),
             Step("inductor bytes", _python("benchmarks.inductor", *(["--dry"] if dry else []),
                                            "--out", f"{text}/inductor.txt"), 0.3),
+            Step("baselines", _python("benchmarks.run", "--suite", "networks", *network, *dtype, *rows, *quick,
+                                      *every, "--mode", "train", *budget(0.5)), 0.8, resumes=True),
         ],
-        3: [Step("tune", _python("fastres", "tune", *tuned), 0.95, env=trial)],
+        3: [Step("tune", _python("fastres", "tune", *tuned), 0.95, env=trial, resumes=True)],
         4: [
             Step("networks", _python("benchmarks.run", "--suite", "networks", *network, *dtype, *rows, *quick,
-                                     *every, "--mode", "train", "infer", *budget(0.4)), 0.5, env=table),
-            Step("blocks", _python("benchmarks.run", "--suite", "blocks", *small, *dtype, *rows, *quick,
-                                   *budget(0.2)), 0.25, env=table),
-            Step("operations", _python("benchmarks.run", "--suite", "operations", *small, *dtype, *rows, *quick,
-                                       *budget(0.15)), 0.2, env=table),
+                                     *every, "--mode", "train", "infer", *budget(0.35)), 0.45, "", table, True),
+            Step("blocks and operations", _python("benchmarks.run", "--suite", "blocks", "operations", *small, *dtype,
+                                                  *rows, *quick, *budget(0.2)), 0.25, "", table, True),
+            Step("inference", _python("benchmarks.inference", *(
+                [*tiny, "--budget", "1s"] if dry else ["--model", "resnet50", "--batch", "1", "256", "--budget", "10s"]
+            ), *dtype, *rows), 0.25, env=table),
+            Step("profile", _python("benchmarks.profile", *network, *dtype, "--results", text, "--steps",
+                                    "1" if dry else "5", "--alternatives", last, "fastres channels_last"), 0.15,
+                 env=table),
             Step("loading", _python("benchmarks.loading", *(
-                [*tiny, "--steps", "2", "--workers", "1"] if dry else ["--model", "resnet50", "--batch", "256"]
-            ), *rows, *budget(0.15)), 0.15, env=table),
-            Step("host", _python("benchmarks.host", *rows, *(["--rounds", "2"] if dry else [])), 0.1),
+                [*tiny, "--steps", "2", "--workers", "0"] if dry else ["--model", "resnet50", "--batch", "256"]
+            ), *rows, *budget(0.1)), 0.12, env=table),
             Step("report", _python("benchmarks.report", "--results", text, *(
                 ["--model", "resnet18", "--batch", "2", "--size", "64"] if dry else []
             )), 0.2),
         ],
         5: [
-            Step("memcheck", [*sanitizer, "--tool", "memcheck", *_python("fastres", "selfcheck", "--small")], 0.45,
-                 "compute-sanitizer"),
-            Step("racecheck", [*sanitizer, "--tool", "racecheck", *_python("fastres", "selfcheck", "--small")], 0.45,
-                 "compute-sanitizer"),
-            Step("declared bytes", _python("benchmarks.declared", *(["--shape", "2", "16", "8", "8"] if dry else []),
-                                           *([] if dry else ["--ncu", f"{text}/ncu.csv"])), 0.4),
+            Step("memcheck", [*sanitizer, "memcheck", *check], 0.4, "compute-sanitizer"),
+            Step("racecheck", [*sanitizer, "racecheck", *check], 0.4, "compute-sanitizer"),
+            Step("declared bytes", _python("benchmarks.declared", *shape), 0.2),
+            Step("ncu bytes", _python("benchmarks.declared", *shape, "--ncu", f"{text}/ncu.csv"), 0.4, "ncu"),
+            Step("host", _python("benchmarks.host", *rows, *(["--rounds", "2"] if dry else [])), 0.15),
         ],
     }  # fmt: skip
 
 
 STAGES = (1, 2, 3, 4, 5)
+
+
+def _path() -> str:
+    """PATH with the folders that CUDA's tools lie in where nobody has put them there."""
+    folders = [
+        Path("/usr/local/cuda/bin"),
+        *sorted(Path("/opt/nvidia/nsight-compute").glob("*"), reverse=True),
+    ]
+    return os.pathsep.join([os.environ.get("PATH", ""), *(str(f) for f in folders if f.is_dir())])
+
+
+def _run(step: Step, log: IO[str], timeout: float) -> str:
+    """Run a step's command with all that it starts; what came of it."""
+    begun = time.perf_counter()
+    done = subprocess.Popen(
+        step.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        env={**os.environ, "PATH": _path(), **dict(step.env)},
+    )  # fmt: skip
+    try:
+        code = done.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {time.perf_counter() - begun:.0f} s"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(done.pid, signal.SIGKILL)  # what is left of it would hold the GPU
+        done.wait()
+    # pytest's 5: nothing was selected, as on a machine where no test is marked for its device.
+    return "ok" if code == 0 or (code == 5 and "pytest" in step.command) else f"failed with {code}"
 
 
 def run_stage(
@@ -126,12 +168,14 @@ def run_stage(
     start, at, good = time.perf_counter(), commit(), True
     for step in steps:
         before = state.get(step.name, {})
-        if before.get("commit") == at and not at.endswith("+") and before.get("result") == "ok":
+        known = before.get("commit") == at and not at.endswith("+")
+        if known and before.get("result") == "ok" and not step.resumes:
             say(f"stage {number} {step.name}: done before")
             continue
         left = limit - (time.perf_counter() - start)
         begun = time.perf_counter()
-        if step.needs and shutil.which(step.needs) is None:
+        absent = step.needs and shutil.which(step.needs, path=_path()) is None
+        if absent:
             result = f"not run: {step.needs} is not on the PATH"
         elif left < 1:
             result = "not run: the stage's time is spent"
@@ -139,24 +183,8 @@ def run_stage(
             with log_path.open("a") as log:
                 log.write(f"\n===== {step.name} at {at}: {' '.join(step.command)}\n")
                 log.flush()
-                try:
-                    code = subprocess.run(
-                        step.command,
-                        cwd=ROOT,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        timeout=min(left, step.share * limit),
-                        env={**os.environ, **dict(step.env)},
-                    ).returncode
-                    # pytest's 5: nothing was selected, as on a machine where no test is marked for its device.
-                    result = (
-                        "ok"
-                        if code == 0 or (code == 5 and "pytest" in step.command)
-                        else f"failed with {code}"
-                    )
-                except subprocess.TimeoutExpired:
-                    result = f"stopped after {time.perf_counter() - begun:.0f} s"
-        good = good and (result == "ok" or result.startswith("not run: " + (step.needs or "-")))
+                result = _run(step, log, min(left, step.share * limit))
+        good = good and (result == "ok" or bool(absent))
         took = time.perf_counter() - begun
         state[step.name] = dict(result=result, seconds=round(took, 1), commit=at)
         state_path.write_text(json.dumps(state, indent=1) + "\n")

@@ -104,6 +104,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.out is None:
         parser.error("wanted --out")
     measured = not args.dry and device.type == "cuda" and shutil.which("ncu") is not None
+    if not (measured or args.dry):
+        print("ncu is not on the PATH" if device.type == "cuda" else "there is no CUDA device")
     lines, bad = [], 0
     for i, case in enumerate(cases):
         kernels = None
@@ -122,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
             bad += done.returncode != 0
             kernels = generated(done.stdout.splitlines()) if done.returncode == 0 else None
         lines += report(case, kernels, dtype, device)
-    args.out.write_text("\n".join(lines) + "\n")
+        args.out.write_text("\n".join(lines) + "\n")  # after each: the next may be stopped
     print("\n".join(lines))
     return 1 if bad else 0
 

@@ -3,9 +3,10 @@
     python -m benchmarks.inference --model resnet18 resnet50 --batch 1 8
     python -m benchmarks.inference --model resnet50 --batch 256 --dtype bf16 --compile
 
-The first call of each way is timed by itself: it folds and packs, or compiles. Then all take turns until the budget of
-the case is spent. Batch 1 also gets the 50th, 90th and 99th percentile of single calls. Nothing is timed before the
-results agree with eager PyTorch's; rows go to a new file of ``benchmarks/results``, as ``benchmarks.run`` writes them.
+The first call of each way is timed by itself: it folds and packs, or compiles. Then they take turns, what is not
+compiled together and each compiled way with eager and fastres, until the budget of the case is spent. Batch 1 also gets
+the 50th, 90th and 99th percentile of single calls. Nothing is timed before the results agree with eager PyTorch's; rows
+go to a new file of ``benchmarks/results``, as ``benchmarks.run`` writes them.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cases import REFERENCE
 from benchmarks.meter import DTYPES
 from benchmarks.nets import NETWORKS, network
 from benchmarks.rows import RESULTS, Writer
+from benchmarks.run import peak_bytes
 from fastres import GraphRunner, fold, functional
 from fastres._timing import synchronize
 from fastres.commands.tune import seconds
@@ -88,15 +91,31 @@ def _timed(call: Call, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(name: str, x: Tensor, compiled: bool, budget: float) -> list[dict[str, Any]]:
-    """A row for every way: first call, median and quartiles of single calls, percentiles at batch 1."""
+def measure(name: str, x: Tensor, compiled: bool, budget: float) -> Iterator[dict[str, Any]]:
+    """A row for every way: first call, median and quartiles of single calls, percentiles at batch 1.
+
+    What is not compiled takes turns for ``budget`` seconds; then each compiled way does with eager and fastres in
+    channels_last, for as long, so that a run that is stopped while compiling has the rows before.
+    """
+    calls = ways(name, x, compiled)
+    plain = [w for w in calls if not w.startswith("compile")]
+    beside = [w for w in (REFERENCE, "fastres channels_last") if w in calls]
+    done: set[str] = set()
+    for group in [plain, *([*beside, w] for w in calls if w not in plain)]:
+        for row in _in_turn({w: calls[w] for w in group}, x, budget):
+            if row["alternative"] not in done:
+                done.add(row["alternative"])
+                yield row
+
+
+def _in_turn(calls: dict[str, Call], x: Tensor, budget: float) -> list[dict[str, Any]]:
     device = x.device
     rows: dict[str, dict[str, Any]] = {}
     ready: dict[str, Call] = {}
     times: dict[str, list[float]] = {}
     with torch.no_grad():
         wanted: Tensor | None = None
-        for way, call in ways(name, x, compiled).items():
+        for way, call in calls.items():
             row: dict[str, Any] = dict(alternative=way)
             rows[way] = row
             try:
@@ -113,15 +132,17 @@ def measure(name: str, x: Tensor, compiled: bool, budget: float) -> list[dict[st
             for _ in range(2):
                 call()
             ready[way], times[way] = call, []
+            row["peak_bytes"] = peak_bytes(lambda i, call=call: call(), device)
         stop = time.perf_counter() + budget
         while ready and (time.perf_counter() < stop or len(times[next(iter(times))]) < 3):
             for way, call in ready.items():
                 times[way].append(_timed(call, device))
+    reference = statistics.median(times[REFERENCE]) if REFERENCE in times else None
     for way, taken in times.items():
         low, median, high = statistics.quantiles(taken, n=4, method="inclusive")
         rows[way] |= dict(
             median_s=median, q25_s=low, q75_s=high, min_s=min(taken), rounds=len(taken), calls=1,
-            images_per_s=x.shape[0] / median,
+            images_per_s=x.shape[0] / median, reference_s=reference,
         )  # fmt: skip
         if x.shape[0] == 1:
             cuts = statistics.quantiles(taken, n=100, method="inclusive")
@@ -176,10 +197,10 @@ def main(argv: list[str] | None = None) -> int:
             x = torch.randn(batch, 3, args.size, args.size, generator=generator).to(
                 device, DTYPES[args.dtype]
             )
-            rows = measure(model, x, args.compile, args.budget)
+            rows = []
             same = dict(case=model, batch=batch, size=args.size, dtype=args.dtype, mode="infer")
-            for row in rows:
-                writer.row(**same, **row)
+            for row in measure(model, x, args.compile, args.budget):
+                rows.append(writer.row(**same, **row))
                 failed += "differs" in row.get("error", "")
             print(f"{model}, batch {batch}, {args.size} pixels, {args.dtype}; beside the better eager layout")
             print("\n".join(lines(rows)), flush=True)

@@ -28,9 +28,10 @@ from benchmarks.run import gate
 from fastres._timing import summary, synchronize
 from fastres.commands.tune import seconds
 
-__all__ = ["Images", "main", "measure"]
+__all__ = ["WORKERS", "Images", "batches", "main", "measure", "stepper"]
 
 _SIDES = {"eager channels_last": "BN", "fastres channels_last": "FusedBN"}
+WORKERS = max(1, (os.cpu_count() or 2) - 1)
 _KEPT = 256  # images in memory; the epoch repeats them
 
 
@@ -55,13 +56,14 @@ class Images(Dataset[tuple[Tensor, int]]):
         return image.float().sub_(127.5).div_(58.0), i % 1000
 
 
-def _batches(
-    count: int, batch: int, size: int, workers: int, device: torch.device
+def batches(
+    args: argparse.Namespace, count: int, device: torch.device, workers: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """``count`` batches on the device: images in channels_last, and classes."""
     loader = DataLoader(
-        Images(count * batch, size),
-        batch,
-        num_workers=workers,
+        Images(count * args.batch, args.size),
+        args.batch,
+        num_workers=args.workers if workers is None else workers,
         pin_memory=device.type == "cuda",
         drop_last=True,
     )
@@ -70,7 +72,8 @@ def _batches(
         yield x, target.to(device, non_blocking=True)
 
 
-def _stepper(norm: str, args: argparse.Namespace, device: torch.device) -> Callable[[Tensor, Tensor], None]:
+def stepper(norm: str, args: argparse.Namespace, device: torch.device) -> Callable[[Tensor, Tensor], None]:
+    """A training step of the network on a batch."""
     torch.manual_seed(0)
     model = network(args.model, norm).to(device).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
@@ -88,11 +91,11 @@ def _stepper(norm: str, args: argparse.Namespace, device: torch.device) -> Calla
 
 
 def _timed(
-    device: torch.device, batches: Iterator[Any], use: Callable[[Tensor, Tensor], None], skip: int
+    device: torch.device, given: Iterator[Any], use: Callable[[Tensor, Tensor], None], skip: int
 ) -> list[float]:
     """Seconds from batch to batch; the first ``skip`` start workers and warm up."""
     found, last = [], 0.0
-    for i, (x, target) in enumerate(batches):
+    for i, (x, target) in enumerate(given):
         use(x, target)
         synchronize(device)
         now = time.perf_counter()
@@ -106,7 +109,6 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str
     """A row for the loader, then two for each side."""
     skip = 2
     count = args.steps + skip
-    fed = (count, args.batch, args.size, args.workers, device)
     same = dict(case=args.model, batch=args.batch, size=args.size, dtype=args.dtype, workers=args.workers)
 
     def row(alternative: str, mode: str, times: list[float]) -> dict[str, Any]:
@@ -116,12 +118,12 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str
             rounds=s.rounds, calls=1, images_per_s=args.batch / s.median,
         )  # fmt: skip
 
-    yield row("loader", "load", _timed(device, _batches(*fed), lambda x, t: None, skip))
+    yield row("loader", "load", _timed(device, batches(args, count, device), lambda x, t: None, skip))
     for name, norm in _SIDES.items():
-        step = _stepper(norm, args, device)
-        x, target = next(_batches(1, args.batch, args.size, 0, device))
+        step = stepper(norm, args, device)
+        x, target = next(batches(args, 1, device, workers=0))
         yield row(name, "train", _timed(device, ((x, target) for _ in range(count)), step, skip))
-        yield row(name, "load+train", _timed(device, _batches(*fed), step, skip))
+        yield row(name, "load+train", _timed(device, batches(args, count, device), step, skip))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=256 if gpu else 4)
     parser.add_argument("--size", type=int, default=224 if gpu else 64, help="pixels along a side")
     parser.add_argument("--dtype", default="bf16" if gpu else "fp32", choices=sorted(DTYPES))
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--steps", type=int, default=30, help="batches of each row")
     parser.add_argument(
         "--budget", type=seconds, default=120.0, help="time after which no further row begins"

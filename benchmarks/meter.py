@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.nets import network
 from benchmarks.passes import nbytes, passes_of, tensors
-from fastres import functional
+from fastres import _folding, functional
 
-__all__ = ["DTYPES", "Pass", "Trace", "trace", "trace_call", "trace_model"]
+__all__ = ["DTYPES", "Owners", "Pass", "Trace", "trace", "trace_call", "trace_model"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -57,11 +57,39 @@ def _storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
-class _Meter(TorchDispatchMode):
-    """Numbers values by storage and writes down the passes of every operator.
+class Owners:
+    """Which layer an operator works for, by the storages of its arguments. No tensor is kept: autograd hands a gradient
+    over only if nobody else holds it, and copies it otherwise."""
 
-    No tensor is kept: autograd hands a gradient over only if nobody else holds it, and copies it otherwise.
-    """
+    def __init__(self, model: nn.Module) -> None:
+        self._of: dict[int, str] = {}
+        for name, t in [*model.named_parameters(), *model.named_buffers()]:
+            self._of[_storage(t)] = name.rpartition(".")[0].removeprefix("backbone.")
+
+    def adopt_folded(self, model: nn.Module) -> None:
+        """Weights that norms were folded into are their convolutions'; call it after the pass that made them."""
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d):
+                for folded in _folding.held(module):
+                    self._of.update({_storage(t): name.removeprefix("backbone.") for t in folded})
+
+    def layer(self, given: list[Tensor]) -> str:
+        """A per-channel vector names the layer, else the last operand: of a gradient and an activation the latter."""
+        known = [(t, self._of[_storage(t)]) for t in given if _storage(t) in self._of]
+        vectors = [name for t, name in known if t.dim() == 1]
+        return vectors[0] if vectors else known[-1][1] if known else "other"
+
+    def made(self, layer: str, given: list[Tensor], out: Any) -> list[int]:
+        """The results of an operator are the layer's: their storages, those of its arguments left out."""
+        inputs = {_storage(t) for t in given}
+        # New to the step, though perhaps at an address that another storage had before.
+        new = [s for t in tensors(out) if (s := _storage(t)) not in inputs]
+        self._of.update(dict.fromkeys(new, layer))
+        return new
+
+
+class _Meter(TorchDispatchMode):
+    """Numbers values by storage and writes down the passes of every operator."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -70,9 +98,7 @@ class _Meter(TorchDispatchMode):
         self.phase = "forward"
         self.values: dict[int, int] = {}
         self.count = 0
-        self.owner: dict[int, str] = {}
-        for name, t in [*model.named_parameters(), *model.named_buffers()]:
-            self.owner[_storage(t)] = name.rpartition(".")[0].removeprefix("backbone.")
+        self.owners = Owners(model)
 
     def _value(self, t: Tensor, new: bool) -> int:
         key = _storage(t)
@@ -81,24 +107,13 @@ class _Meter(TorchDispatchMode):
             self.count += 1
         return self.values[key]
 
-    def _layer(self, given: list[Tensor]) -> str:
-        """A per-channel vector names the layer, else the last operand: of a gradient and an activation the latter."""
-        known = [(t, self.owner[_storage(t)]) for t in given if _storage(t) in self.owner]
-        vectors = [name for t, name in known if t.dim() == 1]
-        return vectors[0] if vectors else known[-1][1] if known else "other"
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = tensors((args, kwargs))
-        layer = "optimizer" if self.phase == "optimizer" else self._layer(given)
+        layer = "optimizer" if self.phase == "optimizer" else self.owners.layer(given)
         out = func(*args, **(kwargs or {}))
         raws, known = passes_of(func, args, kwargs or {}, out)
-        inputs = {_storage(t) for t in given}
-        for t in tensors(out):
-            if (
-                _storage(t) not in inputs
-            ):  # storage that is new to the step, though perhaps at a known address
-                self.owner[_storage(t)] = layer
-                self.values.pop(_storage(t), None)
+        for storage in self.owners.made(layer, given, out):
+            self.values.pop(storage, None)
         for raw in raws:
             reads = tuple((self._value(t, False), b) for t, b in raw.reads)
             writes = tuple((self._value(t, True), b) for t, b in raw.writes)
@@ -126,6 +141,9 @@ def trace_call(
     """Count a call of a module on fake tensors, in training with its backward; call it under their FakeTensorMode."""
     module.train(train)
     meter = _Meter(module)
+    with _routed(gpu), torch.no_grad(), _autocast(dtype):
+        if not train:
+            module(*inputs)  # folds the norms, once for all calls
     with _routed(gpu), torch.set_grad_enabled(train), meter:
         with _autocast(dtype):
             out = module(*inputs)
@@ -162,6 +180,7 @@ def trace_model(
         if not train:
             with torch.no_grad(), _autocast(dtype):
                 model(x)  # folds the norms, once for all passes
+            meter.owners.adopt_folded(model)
             with torch.no_grad(), _autocast(dtype), meter:
                 model(x)
             return Trace(meter.passes, 0, meter.assumed)

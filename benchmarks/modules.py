@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BlockEnd", "BnRelu", "MomentEnd", "Shortcut", "StemPool"]
+__all__ = ["BlockEnd", "BnRelu", "Conv3x3", "MomentEnd", "Shortcut", "StemPool"]
 
 
 def _norm(kind: str, channels: int) -> nn.Module:
@@ -42,6 +42,23 @@ class BlockEnd(nn.Module):
         from fastres import functional
 
         return functional.add_relu(functional.conv_bn(y, self.conv, self.norm.fused()), identity)
+
+
+class Conv3x3(nn.Module):
+    """relu(bn2(conv(relu(bn1(y))))), conv a 3x3 of as many channels."""
+
+    def __init__(self, channels: int, kind: str) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.kind = _norm(kind, channels), _norm(kind, channels), kind
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.kind == "BN":
+            return torch.relu_(self.norm2(self.conv(torch.relu_(self.norm1(y)))))
+        from fastres import functional as f
+
+        z = f.conv_bn_relu(y, nn.Identity(), self.norm1.fused())
+        return f.conv_bn_relu(z, self.conv, self.norm2.fused()).tensor()
 
 
 class StemPool(nn.Module):

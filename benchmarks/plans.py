@@ -235,20 +235,20 @@ def _stem(c: Convolution, element: int, train: bool) -> list[Pass]:
 def _folded(convs: list[Convolution], blocks: dict[str, dict[str, Convolution]]) -> list[Pass]:
     """Inference: norms are in the weights, sum and ReLU in epilogues, a Bottleneck's downsample in its last product."""
     extra: dict[str, int] = {}  # bytes that a block's last convolution reads beside its own operands
+    more: dict[str, int] = {}  # flops of the downsample's that is in its product
     joined = set()
     for block in blocks.values():
         last, ds = block[max(k for k in block if k.startswith("conv"))], block.get("downsample")
         if last.widens and ds:
-            extra[last.layer] = ds.x + ds.w
+            extra[last.layer], more[last.layer] = ds.x + ds.w, ds.flops
             joined.add(ds.layer)
         else:
             extra[last.layer] = last.y
     rows = []
     for c in convs:
-        if c.layer in joined:
-            rows.append(_row(c.layer, "forward", "conv", 0, 0, c.flops))
-        else:
-            rows.append(_row(c.layer, "forward", "conv", c.x + c.w + extra.get(c.layer, 0), c.y, c.flops))
+        if c.layer not in joined:
+            flops = c.flops + more.get(c.layer, 0)
+            rows.append(_row(c.layer, "forward", "conv", c.x + c.w + extra.get(c.layer, 0), c.y, flops))
         if c.layer == "conv1":
             rows.append(_row("bn1", "forward", "pool", c.y, c.y // 4))
     return rows

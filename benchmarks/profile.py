@@ -2,7 +2,8 @@
 
     python -m benchmarks.profile --model resnet50 --batch 256 --dtype bf16 --out profile.txt
 
-With ``--results DIR`` the milliseconds by kind of kernel are written as rows too, for the report's waterfall.
+With ``--results DIR`` the milliseconds by kind of kernel and, of what is not compiled, by layer are written as rows
+too, for the report's waterfall.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import NAMES, net_case, prepare
+from benchmarks.layers import layers_ms
 from benchmarks.meter import DTYPES
 from benchmarks.rows import Writer
 from fastres._timing import synchronize
@@ -68,6 +70,12 @@ def by_kind(averages: Any, device: torch.device) -> dict[str, float]:
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
+def _has_layers(name: str) -> bool:
+    """Whether it is what ``benchmarks.layers`` runs: our networks, channels_last, neither compiled nor captured."""
+    a = NAMES[name]
+    return a.norm in ("BN", "FusedBN") and a.channels_last and not a.how and not a.graph
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.profile",
@@ -80,8 +88,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bf16", choices=sorted(DTYPES))
     parser.add_argument("--alternatives", nargs="+", default=["eager channels_last"], choices=sorted(NAMES))
     parser.add_argument("--rows", type=int, default=40)
-    parser.add_argument("--results", type=Path, help="folder for rows of milliseconds by kind of kernel")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--results", type=Path, help="folder for rows of milliseconds by kind of kernel and layer"
+    )
+    parser.add_argument("--steps", type=int, default=3, help="profiled steps of the milliseconds by layer")
+    parser.add_argument("--out", type=Path, help="file for the tables (default: they are printed)")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = []
@@ -91,11 +102,16 @@ def main(argv: list[str] | None = None) -> int:
         averages = profiled(name, args.model, args.batch, args.size, args.dtype, device)
         text = averages.table(sort_by=by, row_limit=args.rows, max_name_column_width=90)
         same = dict(case=args.model, batch=args.batch, size=args.size, dtype=args.dtype, mode="train")
+        texts.append(f"{name}, {args.model}, training step, batch {args.batch}, {args.dtype}\n{text}")
+        print("\n".join(texts[-1].splitlines()[: 16 if args.out else None]), flush=True)
+        if args.out:
+            args.out.write_text("\n\n".join(texts))  # after each: a later one may be stopped
         if writer:
             writer.row(alternative=name, **same, kinds_ms=by_kind(averages, device))
-        texts.append(f"{name}, {args.model}, training step, batch {args.batch}, {args.dtype}\n{text}")
-        print("\n".join(texts[-1].splitlines()[:16]), flush=True)
-        args.out.write_text("\n\n".join(texts))  # after each: a later one may be stopped
+    if writer and (layered := {NAMES[n].norm: n for n in args.alternatives if _has_layers(n)}):
+        at = (args.batch, args.size, args.dtype, device, args.steps)
+        for norm, found in layers_ms(args.model, list(layered), *at).items():
+            writer.row(alternative=layered[norm], **same, layers_ms=found)
     if writer:
         writer.close()
     return 0

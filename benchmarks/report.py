@@ -3,10 +3,10 @@
     python -m benchmarks.report                          page from benchmarks/results
     python -m benchmarks.report --readme README.md       also rewrite the table between its markers
 
-Pictures: speed against eager, memory, roofline (counted bytes against measured time, with the limit), where the bound
-of a step goes block by block (counted, not timed) and where the time of a profiled step went by kind of kernel.
-Tables: all rows, the machines' limits, host overhead, the change against the previous commit. What has no row is shown
-as "not measured". matplotlib is needed.
+Pictures: speed against eager, memory, roofline (counted bytes against measured time, with the limit), where the time
+of a profiled step went block by block (beside the bound of each) and by kind of kernel, and where the bound of a step
+goes (counted, not timed). Tables: all rows, the machines' limits, host overhead, the change against the previous
+commit. What has no row is shown as "not measured". matplotlib is needed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,26 @@ import base64
 import html
 import sys
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bytes import Count, measure
-from benchmarks.pictures import NOT_MEASURED, bars, bounds, kinds, memory, roofline, speed, waterfall
+from benchmarks.bytes import Count, block_of, measure
+from benchmarks.cases import NAMES
+from benchmarks.meter import trace
+from benchmarks.pictures import (
+    NOT_MEASURED,
+    bars,
+    bounds,
+    images,
+    kinds,
+    layers,
+    memory,
+    rate,
+    roofline,
+    speed,
+    waterfall,
+)
 from benchmarks.rows import RESULTS, key, read
 
 __all__ = ["BEGIN", "END", "latest", "main", "page", "readme_table", "write_readme"]
@@ -66,19 +81,23 @@ def groups(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
 # -------------------------------------------------------------------------------------------------------------- text
 
 
-def changes(runs: list[Run]) -> list[tuple[str, str, str, float, float]]:
-    """Rows measured at two commits on one device: what, older and newer commit, their medians in ms."""
+def changes(runs: list[Run]) -> list[tuple[str, str, str, float, float, bool]]:
+    """Rows measured at two commits on one device: what, the commit before and the newest, their medians in ms, and
+    whether the quartiles of the two are apart. Of a commit that was measured again, the newest row."""
     by: dict[tuple[Any, ...], dict[str, Row]] = {}
     for head, rows in runs:
         for r in rows:
             if "images_per_s" in r:
-                by.setdefault((head["device"], *key(r)), {})[head["commit"]] = r
+                commits = by.setdefault((head["device"], *key(r)), {})
+                commits.pop(head["commit"], None)  # the newest comes last
+                commits[head["commit"]] = r
     found = []
     for k, commits in by.items():
         if len(commits) > 1:
             (a, old), (b, new) = list(commits.items())[-2:]
             name = f"{k[2]} {k[7]} {k[6]} batch {k[4]}, {k[3]}, {k[0]}"
-            found.append((name, a, b, old["median_s"] * 1e3, new["median_s"] * 1e3))
+            apart = old["q75_s"] < new["q25_s"] or new["q75_s"] < old["q25_s"]
+            found.append((name, a, b, old["median_s"] * 1e3, new["median_s"] * 1e3, apart))
     return found
 
 
@@ -149,7 +168,7 @@ def _rows_table(data: dict[tuple[Any, ...], dict[str, Row]]) -> str:
 def _limits(runs: list[Run]) -> str:
     """Copy bandwidth and matrix rates as measured, a line each."""
     lines = [
-        "".join(map(_cell, (h["device"], r["case"], r["dtype"], f"{r['rate'] / 1e12:.3f} T{r['unit']}")))
+        "".join(map(_cell, (h["device"], r["case"], r["dtype"], rate(r["rate"], r["unit"]))))
         for h, rows in runs
         for r in rows
         if "rate" in r
@@ -174,13 +193,13 @@ def limits(runs: list[Run], device: str) -> tuple[float | None, float | None]:
 
 
 def _profiles(runs: list[Run]) -> dict[tuple[str, ...], dict[str, Row]]:
-    """The newest profile of every alternative by device and network."""
+    """The newest profile of every alternative by device and network, by kind of kernel and by layer."""
     found: dict[tuple[str, ...], dict[str, Row]] = {}
     for h, rows in runs:
         for r in rows:
-            if "kinds_ms" in r:
-                what = (h["device"], f"{r['case']} batch {r['batch']} {r['dtype']}")
-                found.setdefault(what, {})[r["alternative"]] = r
+            if "kinds_ms" in r or "layers_ms" in r:
+                group = found.setdefault((h["device"], f"{r['case']} batch {r['batch']} {r['dtype']}"), {})
+                group[r["alternative"]] = {**group.get(r["alternative"], {}), **r}
     return found
 
 
@@ -209,6 +228,13 @@ def _of_device(
     for suite in sorted({w[1] for w in data if w[0] == device}):
         part = {w: g for w, g in data.items() if w[:2] == (device, suite)}
         name = f"{suite} {device}"
+        if suite == "loading":  # other things are compared there: loader, step, both
+            show(
+                f"speed {name}",
+                bars(part, images, "images a second", f"data loading on {device}", gaps=False),
+            )
+            body.append(f"<details><summary>rows</summary>{_rows_table(part)}</details>")
+            continue
         show(
             f"speed {name}", bars(part, speed, "times as fast as eager channels_last", f"{suite} on {device}")
         )
@@ -227,10 +253,34 @@ def _of_device(
             f"roofline {device}",
             roofline(counted, bandwidth, peak, source, f"bytes against time on {device}"),
         )
-    for (d, what), rows in _profiles(runs).items():
-        if d == device:
-            show(f"profile {what} {d}", kinds(rows, f"{what}: profile of a training step on {d}"))
+    profiles = {what: rows for (d, what), rows in _profiles(runs).items() if d == device}
+    for what, rows in profiles.items():
+        if by_kind := {n: r for n, r in rows.items() if "kinds_ms" in r}:
+            show(
+                f"profile {what} {device}", kinds(by_kind, f"{what}: profile of a training step on {device}")
+            )
+        times = {n: r["layers_ms"] for n, r in rows.items() if r.get("layers_ms")}
+        if times:
+            bandwidth, peak = limits(runs, device)
+            known = bandwidth is not None and peak is not None
+            at = f"{rate(bandwidth, 'B/s')} and {rate(peak, 'flop/s')} as measured" if known else ""
+            least = {n: _least(rows[n], device, bandwidth, peak) if known else {} for n in times}
+            title = f"{what}: a training step on {device}, block by block"
+            show(f"waterfall {what} {device}", layers(times, least, at, title))
+    if not any(r.get("layers_ms") for rows in profiles.values() for r in rows.values()):
+        body.append(f"<p>time by block: {NOT_MEASURED}</p>")
     return body
+
+
+def _least(row: Row, device: str, bandwidth: float, peak: float) -> dict[str, float]:
+    """Milliseconds of each block's bound in the step that was profiled, from its counted passes."""
+    norm = NAMES[row["alternative"]].norm
+    at = (row["batch"], row["dtype"], True, True, row["size"], device != "cpu")
+    found: dict[str, float] = {}
+    for p in trace(row["case"], norm, *at).passes:
+        block = block_of(p.layer)
+        found[block] = found.get(block, 0.0) + p.seconds(bandwidth, peak) * 1e3
+    return found
 
 
 def page(
@@ -239,29 +289,30 @@ def page(
     """The HTML page and its pictures by name."""
     pictures: dict[str, bytes] = {}
     title = f"{model}, training step, batch {batch}, {dtype}"
-    at = f"at {bandwidth / 1e12:.2f} TB/s and {peak / 1e12:.0f} TFLOP/s, counted; no GPU needed"
-    pictures["waterfall"] = waterfall(count, bandwidth, peak, f"{title}: bound by block\n({at})")
+    at = f"bounds at {rate(bandwidth, 'B/s')} and {rate(peak, 'flop/s')} from counted bytes and flops, nothing measured"
+    pictures["waterfall"] = waterfall(count, bandwidth, peak, f"{title}: bound of each block\n({at})")
     data = groups(latest(runs).values())
     wanted = (model, batch, dtype, "train")
     same = [g for w, g in data.items() if w[0] != "cpu" and (w[2], w[3], w[5], w[6]) == wanted]
     pictures["bounds"] = bounds(
-        count, same[-1] if same else {}, bandwidth, peak, f"{title}: every kernel\n({at})"
+        count, same[-1] if same else {}, bandwidth, peak, f"{title}: bound of every kernel\n({at})"
     )
     body = [f"<h2>Bytes</h2>{_image(pictures['waterfall'], 'bound')}{_image(pictures['bounds'], 'kernels')}"]
     profiled = {d for d, _ in _profiles(runs)}
     devices = sorted({w[0] for w in data} | profiled, key=lambda d: (d == "cpu", d))
     if all(d == "cpu" for d in devices):
-        body.append(f"<h2>GPU</h2><p>{NOT_MEASURED}: speed, memory, roofline, profile</p>")
+        body.append(f"<h2>GPU</h2><p>{NOT_MEASURED}: speed, memory, roofline, profile, time by block</p>")
     for device in devices:
         body += _of_device(runs, data, device, (bandwidth, peak), pictures)
     body.append(f"<h2>Limits of the machines</h2>{_limits(runs)}")
     body.append(f"<h2>Host overhead of a block's training step</h2>{_host(runs)}")
     body.append("<h2>Change against the previous commit</h2>")
     lines = [
-        f"<tr>{_cell(n)}{_cell(a)}{_cell(b)}{_cell(f'{x:.3f}')}{_cell(f'{y:.3f}')}{_cell(f'{y / x - 1:+.1%}')}</tr>"
-        for n, a, b, x, y in changes(runs)
+        f"<tr>{_cell(n)}{_cell(a)}{_cell(b)}{_cell(f'{x:.3f}')}{_cell(f'{y:.3f}')}{_cell(f'{y / x - 1:+.1%}')}"
+        f"{_cell('' if apart else 'quartiles overlap')}</tr>"
+        for n, a, b, x, y, apart in changes(runs)
     ]
-    header = "<tr><th>what<th>before<th>after<th>ms<th>ms<th>change</tr>"
+    header = "<tr><th>what<th>before<th>after<th>ms before<th>ms after<th>change<th></tr>"
     body.append(
         f"<table>{header}{''.join(lines)}</table>" if lines else f"<p>{NOT_MEASURED} at two commits</p>"
     )
@@ -291,6 +342,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes a second (default 4.3e12)")
     parser.add_argument("--peak", type=float, default=790e12, help="flops a second (default 790e12)")
     args = parser.parse_args(argv)
+    if find_spec("matplotlib") is None:
+        print("the report draws with matplotlib: pip install 'fastres[bench]'", file=sys.stderr)
+        return 1
     runs = list(read(args.results)) if args.results.is_dir() else []
     count = measure(args.model, args.batch, args.dtype, True, size=args.size)
     text, pictures = page(runs, count, args.model, args.batch, args.dtype, args.bandwidth, args.peak)

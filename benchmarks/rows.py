@@ -62,7 +62,7 @@ class Writer:
         }  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         label = re.sub(r"[^a-z0-9]+", "-", f"{suite}-{name}".lower()).strip("-")
-        self.path = folder / f"{now:%Y%m%dT%H%M%S%f}-{label}.jsonl"
+        self.path, self.empty = folder / f"{now:%Y%m%dT%H%M%S%f}-{label}.jsonl", True
         self._file = self.path.open("x")
         self._write(self.head)
 
@@ -71,15 +71,19 @@ class Writer:
         self._file.flush()
 
     def row(self, **values: Any) -> dict[str, Any]:
-        """Write one row; on a GPU with its clocks at this moment."""
+        """Write one row, of another suite than the file's where it says so; on a GPU with its clocks at this moment."""
         row = {"kind": "row", "suite": self.suite, **values}
         if self.head["device"] != "cpu":
             row["gpu_state"] = gpu_state()
         self._write(row)
+        self.empty = False
         return row
 
     def close(self) -> None:
+        """Close the file; one without a row is removed."""
         self._file.close()
+        if self.empty:
+            self.path.unlink()
 
 
 def read(folder: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:

@@ -4,7 +4,8 @@
     python -m benchmarks.run --suite networks --model resnet50 --batch 256 --dtype bf16 --full
 
 Parity comes first: nothing is timed before ``fastres selfcheck`` has passed on the device. Rows that the output folder
-already has for this commit, device and tuning table are not measured again, so a stopped run goes on where it stopped.
+already has for this commit and device (and, of fastres, this tuning table) are not measured again, so a stopped run
+goes on where it stopped. Rows of several suites go to one file.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from fastres import selfcheck
 from fastres._timing import Sample, interleaved, synchronize
 from fastres.commands.tune import seconds
 
-__all__ = ["main", "measure", "peak_bytes"]
+__all__ = ["gate", "main", "measure", "numbers", "peak_bytes"]
 
 Call = Callable[[int], object]
 
@@ -64,7 +65,8 @@ def gate(device: torch.device) -> list[str]:
     ]
 
 
-def _numbers(s: Sample, batch: int) -> dict[str, Any]:
+def numbers(s: Sample, batch: int) -> dict[str, Any]:
+    """The part of a row that says how long a call took."""
     return dict(
         median_s=s.median, q25_s=s.low, q75_s=s.high, min_s=s.least, rounds=s.rounds, calls=s.calls,
         images_per_s=batch / s.median,
@@ -96,8 +98,9 @@ def measure(
     Group by group (``by_cost``), each in turn with the reference alternative; no group is begun after ``stop``.
     """
     batch, size = case.shapes[0][0], case.shapes[0][-1]
-    same = dict(case=case.name, batch=batch, size=size, dtype=dtype, mode="train" if train else "infer")
-    todo = [n for n in names if key(dict(suite=writer.suite, alternative=n, **same)) not in done]
+    mode = "train" if train else "infer"
+    same = dict(suite=f"{case.family}s", case=case.name, batch=batch, size=size, dtype=dtype, mode=mode)
+    todo = [n for n in names if key(dict(alternative=n, **same)) not in done]
     rows: list[dict[str, Any]] = []
     for group in by_cost(todo):
         if time.perf_counter() >= stop:
@@ -109,7 +112,7 @@ def measure(
         base = samples[REFERENCE].median if REFERENCE in samples else None
         for n in group:
             if n in samples:
-                found = dict(_numbers(samples[n], batch), peak_bytes=memory[n], reference_s=base)
+                found = dict(numbers(samples[n], batch), peak_bytes=memory[n], reference_s=base)
                 found |= counted(case, n, dtype, train, device)
                 rows.append(writer.row(alternative=n, **same, **found))
             else:
@@ -121,17 +124,24 @@ def measure(
     return rows, 0
 
 
-def _same(run: dict[str, Any]) -> tuple[Any, ...]:
-    """What two runs must share for the rows of one to spare the other's: commit, device and tuning table."""
-    return run["commit"], run["device"], run["environment"]["tuning_table"]
+def _spared(run: dict[str, Any], now: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether a row of another run need not be measured in this one: the same commit and device and, where fastres's
+    kernels ran, the same tuning table."""
+    if "error" in row or any(run[k] != now[k] for k in ("commit", "device")):
+        return False
+    tables = (r["environment"]["tuning_table"] for r in (run, now))
+    return not row["alternative"].startswith("fastres") or len(set(tables)) == 1
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
-    if args.suite == "operations":
-        return [c for b in args.batch for c in operations(b, args.scale)]
-    if args.suite == "blocks":
-        return [c for b in args.batch for c in blocks(b, args.scale)]
-    return [net_case(m, b, args.size) for m in args.model for b in args.batch]
+    found: list[Case] = []
+    for suite in args.suite:
+        if suite == "networks":
+            found += [net_case(m, b, args.size) for m in args.model for b in args.batch]
+        else:
+            make = operations if suite == "operations" else blocks
+            found += [c for b in args.batch for c in make(b, args.scale)]
+    return found
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -141,7 +151,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     gpu = torch.cuda.is_available()
-    parser.add_argument("--suite", default="operations", choices=("operations", "blocks", "networks"))
+    parser.add_argument(
+        "--suite", nargs="+", default=["operations"], choices=("operations", "blocks", "networks")
+    )
     parser.add_argument(
         "--model", nargs="+", default=["resnet50" if gpu else "resnet18"], choices=sorted(NETWORKS)
     )
@@ -183,15 +195,9 @@ def main(argv: list[str] | None = None) -> int:
     if missed:
         print("parity is missed; nothing is timed", *missed, sep="\n", file=sys.stderr)
         return 1
-    writer = Writer(args.out, args.suite, device)
-    head = _same(writer.head)
-    done = {
-        key(r)
-        for run, rows in read(args.out)
-        if _same(run) == head and commit() and "+" not in commit()
-        for r in rows
-        if "error" not in r
-    }
+    writer = Writer(args.out, "-".join(args.suite), device)
+    known = commit() and "+" not in commit()  # of changed files old rows say nothing
+    done = {key(r) for run, rows in read(args.out) for r in rows if known and _spared(run, writer.head, r)}
     left = 0
     for case in _cases(args):
         for dtype in args.dtype:

@@ -19,7 +19,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastres import _folding
 from fastres._cpu import winograd_pays
-from fastres._routing import BatchNorm, decide_folded, get_folding, record
+from fastres._routing import BatchNorm, decide_folded, decide_pair, get_folding, record
+from fastres.kernels import _tuned
 from fastres.kernels import fused_conv_bn_relu as pointwise_ops
 from fastres.kernels.folded_conv import (
     Folded,
@@ -27,13 +28,16 @@ from fastres.kernels.folded_conv import (
     aten_conv,
     fold,
     folded_conv,
+    folded_key,
     geometry,
     onednn_conv,
     pack,
+    pair_key,
 )
 from fastres.kernels.winograd import winograd_folded, winograd_weight
 
-__all__ = ["Check", "conv_add_relu", "convolve", "convolve_pair", "images", "inference_layout", "off"]
+__all__ = ["Check", "conv_add_relu", "convolve", "convolve_pair", "for_product", "images", "inference_layout", "off",
+           "product", "run"]  # fmt: skip
 
 LAST = torch.channels_last
 _LAST_LIKE = torch.empty(1, 2, 2, 2).contiguous(memory_format=LAST)  # any float32 activation in channels_last
@@ -106,7 +110,7 @@ class _Layer(NamedTuple):
                 self.check(self.out, x)
             f = fold(*sources[:6], sources.eps, x.dtype, torch.float32 if route == "triton" else x.dtype)
             if route == "triton":
-                return Folded(f.weight.reshape(f.weight.shape[:2]).contiguous(), f.bias)
+                return for_product(f)
             if route not in _PACKED or _fake(x) or not isfinite(f.weight.sum() + f.bias.sum()):
                 return f
             if route == "winograd":
@@ -117,6 +121,11 @@ class _Layer(NamedTuple):
 
 
 _PACKED = ("onednn", "winograd")  # routes that take a weight in a form of their own
+
+
+def for_product(f: Folded) -> Folded:
+    """The weight [N, C, 1, 1] as the matrix that the block end's product reads; its bias is float32."""
+    return Folded(f.weight.reshape(f.weight.shape[:2]).contiguous(), f.bias)
 
 
 def _fake(x: Tensor) -> bool:
@@ -221,11 +230,15 @@ def convolve(
         return "the identity has another dtype"
     op = "conv_bn" + ("_add" if other is not None else "") + ("_relu" if relu else "")
     others = () if other is None else (other,)
-    product = layer.pointwise and relu and layer.geometry.stride == (1, 1)
-    route, reason = decide_folded(op, x, others, product)
+    pointwise = layer.pointwise and relu and layer.geometry.stride == (1, 1)
+    key: _tuned.Key = ()
+    if relu and _tuned.routed():
+        key = folded_key(x, layer.conv.weight.shape, layer.geometry, other is not None)
+    route, reason = decide_folded(op, x, others, pointwise, key)
     if route == "onednn" and not _fake(x) and winograd_pays(layer.conv, layer.geometry, layer.out, x.dtype):
         route, reason = "winograd", "CPU: 3x3 in fewer multiplications, weight transformed once"
-    f, g = layer.folded("triton" if route == "reference" and product and _last(x) else route), layer.geometry
+    f = layer.folded("triton" if route == "reference" and pointwise and _last(x) else route)
+    g = layer.geometry
     if route in _PACKED and not _fake(x) and f.weight.dim() == 4 and not f.weight.is_mkldnn:
         route, reason = "folded", "the weight is not finite"
         _now.finite = False
@@ -234,8 +247,13 @@ def convolve(
         return winograd_folded(x, *f, other, relu)
     if route == "onednn" and not _fake(x):
         return onednn_conv(x, f, g, relu, other, own, inner or _now.finite)
+    return run(route, x, f, g, relu, other)
+
+
+def run(route: str, x: Tensor, f: Folded, g: Geometry, relu: bool, other: Tensor | None) -> Tensor:
+    """``relu(conv(x) + other)`` on a route of ``decide_folded`` other than oneDNN's, from the weight for that route."""
     if f.weight.dim() == 2:
-        return _product(x, f, other)
+        return product(x, f, other)
     if route in ("cudnn", "reference"):
         return folded_conv(x, *f, other, *g, relu)
     with torch.autocast(x.device.type, enabled=False):
@@ -246,7 +264,7 @@ def _last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=LAST)
 
 
-def _product(
+def product(
     x: Tensor,
     f: Folded,
     other: Tensor | None,
@@ -254,6 +272,7 @@ def _product(
     f2: Folded | None = None,
     stride2: int = 1,
 ) -> Tensor:
+    """``relu(conv(x) + other)``, or ``relu(conv(x) + conv2(x2))``, by one product; weights of ``for_product``."""
     two = (None, None) if f2 is None else tuple(f2)
     return pointwise_ops.pointwise_end(
         x, None, None, None, None, 0.0, False, *f, other, x2, *two, stride2, None, False
@@ -277,9 +296,12 @@ def convolve_pair(
     route, reason = decide_folded("conv_bn_add_relu", first.x, (), True)
     if route not in ("triton", "reference"):
         return reason
+    channels = first.conv.out_channels
+    if _tuned.routed() and not decide_pair(pair_key(first.x, second.x, channels, stride2[0])):
+        return "two convolutions are faster on this GPU by the tuning table"
     record("conv_bn_add_relu", first.x, route, f"norm folded; {reason}; with the downsample's", (bn,))
     record("conv_bn", second.x, route, f"norm folded; {reason}; in the block end's product", (bn2,))
-    return _product(
+    return product(
         first.x, first.folded("triton"), None, second.x, second.folded("triton"), stride2[0]
     )  # fmt: skip
 

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["BACKENDS", "CONV3X3", "MEMORY", "MOMENTS", "BatchNorm", "Choice", "assume_gpu", "backend", "choose",
-           "conv3x3", "decide", "decide_folded", "folding", "fuses", "get_backend", "get_folding", "memory", "moments",
-           "moments_pay", "own_conv3x3", "recomputes", "record", "record_routes", "transformed"]  # fmt: skip
+           "conv3x3", "decide", "decide_folded", "decide_pair", "folding", "fuses", "get_backend", "get_folding", "memory",
+           "moments", "moments_pay", "own_conv3x3", "recomputes", "record", "record_routes", "transformed"]  # fmt: skip
 
 BACKENDS = ("auto", "triton", "aten", "reference")
 MOMENTS = ("auto", "on", "off")
@@ -309,8 +309,20 @@ def _fused_obstacle(x: Tensor, others: tuple[Tensor, ...]) -> str:
     return _device_obstacle(x) or _obstacle(x, others)
 
 
+def _folded_route(op: str, key: _tuned.Key, default: str) -> str:
+    """The tuning table's route of a folded convolution or pair, where nothing was asked for; else the default."""
+    if not key or _Setting.backend != "auto" or not _tuned.routed():
+        return default
+    return _tuned.route(op, key, default)
+
+
+def decide_pair(key: _tuned.Key) -> bool:
+    """Whether a block end takes the downsample's convolution into its product, where it can: yes without a table."""
+    return _folded_route("folded_pair", key, "pair") == "pair"
+
+
 def decide_folded(
-    op: str, x: Tensor, others: tuple[Tensor, ...], pointwise: bool
+    op: str, x: Tensor, others: tuple[Tensor, ...], pointwise: bool, key: _tuned.Key = ()
 ) -> tuple[str, str]:  # fmt: skip
     """The route of a convolution with its norm folded in, and the reason.
 
@@ -318,6 +330,7 @@ def decide_folded(
         op: named where a route that was asked for cannot serve.
         x, others: the input, in the dtype it will be computed in, and what is added to the result.
         pointwise: it is a 1x1 that the block end's product can make.
+        key: its shape class for the tuning table (``folded_conv.folded_key``); empty where there is no choice.
     """
     asked = _Setting.backend
     if asked == "aten":
@@ -336,9 +349,14 @@ def decide_folded(
         return "folded", obstacle
     if asked == "reference":
         return "reference", "backend 'reference' was asked for"
-    if pointwise and channels_last(x):
+    product = pointwise and channels_last(x)
+    default = "triton" if product else "cudnn"
+    route = _folded_route("folded_product" if product else "folded_conv", key, default)
+    obstacle = cudnn_obstacle(x.dtype, x.device) if x.is_cuda and "cudnn" in (route, default) else ""
+    if route != default and not (route == "cudnn" and obstacle):
+        return route, "faster on this GPU by the tuning table"
+    if product:
         return "triton", "1x1: product with affine, addition and ReLU"
-    obstacle = cudnn_obstacle(x.dtype, x.device) if x.is_cuda else ""
     return ("folded", obstacle) if obstacle else ("cudnn", "convolution with bias, addition and ReLU")
 
 

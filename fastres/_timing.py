@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Sample", "interleaved", "synchronize"]
+__all__ = ["Sample", "interleaved", "seconds_a_call", "summary", "synchronize"]
 
 
 class Sample(NamedTuple):
@@ -38,7 +38,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _seconds(f: Callable[[int], object], start: int, calls: int, device: torch.device) -> float:
+def seconds_a_call(f: Callable[[int], object], start: int, calls: int, device: torch.device) -> float:
+    """Time of one region of ``calls`` calls, numbered from ``start``; on a GPU between two events."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -86,11 +87,11 @@ def interleaved(
         for i in range(warmup):
             f(i)
         synchronize(device)
-        calls[name] = max(1, min(1000, int(region / max(_seconds(f, 0, 1, device), 1e-7))))
+        calls[name] = max(1, min(1000, int(region / max(seconds_a_call(f, 0, 1, device), 1e-7))))
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
     for r in range(max(1, rounds)):
         if r and time.perf_counter() > stop:
             break
         for name, f in alternatives.items():
-            seconds[name].append(_seconds(f, r * calls[name], calls[name], device))
+            seconds[name].append(seconds_a_call(f, r * calls[name], calls[name], device))
     return {name: summary(s, calls[name]) for name, s in seconds.items()}

@@ -1,12 +1,16 @@
 """The tuner: measures launch configurations and routes for the shapes of a model, and writes this GPU's table.
 
-From a traced training step (``fastres._workload``), in this order, and in each part the largest share first:
+From traced training steps and inference passes (``fastres._workload``), in this order, and in each part the largest
+share first:
 
-    kernels     for every shape class that a kernel is launched on, each configuration that may be launched there, on
-                the operator calls that reach it
-    operations  batch norm, block end and pooling, forward and backward, on the fused operators and on ATen
-    blocks      a residual block forward and backward, with each of the routes that it asks for (the moment form or the
-                pending form at its end, joint gradients or autograd's at its start)
+    kernels       for every shape class that a kernel is launched on, each configuration that may be launched there, on
+                  the operator calls that reach it
+    operations    batch norm, block end and pooling, forward and backward, on the fused operators and on ATen
+    convolutions  of inference, with the norm folded in: the block end's product, cuDNN's fused convolution, and a plain
+                  one with its addition and ReLU behind it
+    pairs         a block end of inference with the downsample's convolution in its product, and as two convolutions
+    blocks        a residual block forward and backward, with each of the routes that it asks for (the moment form or
+                  the pending form at its end, joint gradients or autograd's at its start)
 
 So routes are compared with kernels as they are then launched. Whatever is timed has passed the tolerance rule against
 float64 on that shape before. The default is replaced only by something faster by more than the spread of both. What is
@@ -19,80 +23,26 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastres import _trials, functional, selfcheck
+from fastres._jobs import Job, Route, Site
 from fastres._timing import Sample, interleaved
-from fastres._workload import Block, Call, Workload
+from fastres._workload import Block, Call, Convolution
 from fastres.kernels import _tuned
-from fastres.kernels._launch import matrix, tile_key
 from fastres.kernels._tuned import Key, Lookup, Table
 
-__all__ = ["Job", "Tuner", "jobs", "write_json"]
+__all__ = ["Tuner", "write_json"]
 
 _CHECKED = 16  # images a block is checked on at most: float64 takes four times the memory
-
-
-class Job(NamedTuple):
-    """One thing to measure: ``what`` is kernel, operation or block."""
-
-    what: str
-    name: str
-    subject: Any  # the calls that reach a kernel, or what ``Route`` says, or a Block
-    weight: float  # bytes that it stands for
-
-
-class Site(NamedTuple):
-    """A kernel on a shape class: its default, and the calls that launch it with how often a step makes them."""
-
-    kernel: str
-    key: Key
-    default: tuple[int, ...]
-    calls: dict[Call, int]
-
-
-class Route(NamedTuple):
-    """An operation on an activation."""
-
-    op: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    channels_last: bool
-
-    @property
-    def key(self) -> Key:
-        memory = torch.channels_last if self.channels_last else torch.contiguous_format
-        m = matrix(torch.empty(self.shape, dtype=self.dtype, device="meta").contiguous(memory_format=memory))
-        return (*tile_key(m), self.dtype.itemsize)
-
-
-def jobs(work: Workload) -> list[Job]:
-    """Operations and blocks of a workload; kernels are found by launching (``Tuner.sites``)."""
-    weights: dict[Route, int] = {}
-    for c in work.choices:
-        if c.op in ("batch_norm", "add_relu", "max_pool"):
-            r = Route(c.op, c.shape, c.dtype, c.layout != "NCHW")
-            weights[r] = weights.get(r, 0) + math.prod(c.shape) * c.dtype.itemsize
-    found = [
-        Job("operation", f"{r.op} {'x'.join(map(str, r.shape))} {str(r.dtype)[6:]} "
-            f"{'channels_last' if r.channels_last else 'NCHW'}", r, w)
-        for r, w in weights.items()
-    ]  # fmt: skip
-    blocks = [
-        Job("block", f"{b.name} on {'x'.join(map(str, b.input.shape))} {str(b.input.dtype)[6:]} "
-            f"stride {b.input.stride[1]}", b, n * b.input.bytes)
-        for b, n in work.blocks.items()
-    ]  # fmt: skip
-    return [*sorted(found, key=lambda j: -j.weight), *sorted(blocks, key=lambda j: -j.weight)]
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -192,7 +142,7 @@ class Tuner:
         if job.what == "kernel":
             key = (job.subject.kernel, list(job.subject.key))
             return any((r["kernel"], r["key"]) == key for r in self.configs)
-        if job.what == "operation":
+        if job.what != "block":
             return self._has([(job.subject.op, job.subject.key)])
         return any(job.name == r.get("block") for r in self.routes)
 
@@ -218,9 +168,11 @@ class Tuner:
                     line = self._kernel(job)
                 elif job.what == "operation":
                     line = self._operation(job)
-                else:
+                elif job.what == "block":
                     assert model is not None
                     line = self._block(job, model)
+                else:
+                    line = self._convolution(job)
             if not self.done(job):
                 self.tried.append(job.name)
             self.save()
@@ -282,8 +234,7 @@ class Tuner:
     def _operation(self, job: Job) -> str:
         r: Route = job.subject
         memory = torch.channels_last if r.channels_last else torch.contiguous_format
-        bytes_ = 2 * math.prod(r.shape) * r.dtype.itemsize
-        cases = [_case(r, self.device, i) for i in range(_sets(bytes_, self.device))]
+        cases = [_trials.case(r, self.device, i) for i in range(_sets(r.bytes, self.device))]
         result = selfcheck.check(cases[0], r.dtype, memory, self.fused, self.device)
         if not result.ok:
             self._refuse(f"{job.name} in {result.what}", result.worst, result.error)
@@ -292,7 +243,7 @@ class Tuner:
             dz = torch.randn_like(cases[0].run(selfcheck.leaves(cases[0], r.dtype, memory)))
 
         def on(route: str) -> Callable[[int], object]:
-            return lambda i: _run(cases[i % len(cases)], leaves[i % len(cases)], dz, route)
+            return lambda i: _trials.step(cases[i % len(cases)], leaves[i % len(cases)], dz, route)
 
         backends = {"triton": self.fused, "aten": "aten"}
         names = _tuned.ROUTES[r.op] if result.ok else ("aten",)
@@ -302,6 +253,37 @@ class Tuner:
         self.routes.append(
             dict(op=r.op, key=list(r.key), route=best, microseconds=timed, shape=list(r.shape))
         )
+        return f"{job.name}: {best}, " + ", ".join(f"{n} {us:.1f} us" for n, us in timed.items())
+
+    @torch.no_grad()
+    def _convolution(self, job: Job) -> str:
+        """A folded convolution, or a pair of them, on each of its routes."""
+        c: Convolution = job.subject
+        sets = [_trials.operands(c, self.device, i) for i in range(_sets(c.bytes, self.device))]
+        plain, wide = _trials.folded_references(c, sets[0])
+        made = [_trials.ways(c, operands) for operands in sets]
+        right = []
+        for name, way in made[0].items():
+            worst, why = float("inf"), ""
+            try:
+                worst = _trials.ratio([way()], [plain], [wide], c.x.dtype)
+            except Exception as error:  # a route that does not exist here must not end the run
+                why = f"{type(error).__name__}: {error}"
+            if worst <= 1.0:
+                right.append(name)
+            else:
+                self._refuse(f"{job.name} {name}", worst, why)
+        del plain, wide
+
+        def on(name: str) -> Callable[[int], object]:
+            return lambda i: made[i % len(made)][name]()
+
+        samples = interleaved({n: on(n) for n in right}, **self.timing)
+        best = _faster(samples, _tuned.ROUTES[c.op][0])
+        if best is None:
+            return f"{job.name}: no route is right"
+        timed = {n: s.median * 1e6 for n, s in samples.items()}
+        self.routes.append(dict(op=c.op, key=list(c.key), route=best, microseconds=timed, convolution=c.name))
         return f"{job.name}: {best}, " + ", ".join(f"{n} {us:.1f} us" for n, us in timed.items())
 
     def _block(self, job: Job, model: nn.Module) -> str:
@@ -393,26 +375,3 @@ def _timed(table: Table, call: Call, given: list[tuple[Any, ...]]) -> Callable[[
         return _trials.outcome(call, given[i % len(given)])
 
     return once
-
-
-def _case(r: Route, device: torch.device, seed: int) -> selfcheck.Case:
-    """The operation of a route on random inputs, with batch statistics."""
-    g = torch.Generator(device).manual_seed(seed)
-    memory = torch.channels_last if r.channels_last else torch.contiguous_format
-
-    def rand(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g, device=device)
-
-    c = r.shape[1]
-    norm = {"bn.weight": rand(c), "bn.bias": rand(c), "bn.mean": rand(c) * 0, "bn.var": rand(c) * 0 + 1}
-    one = {**norm, "y": rand(*r.shape).to(r.dtype).contiguous(memory_format=memory)}
-    if r.op == "add_relu":
-        other = rand(*r.shape).to(r.dtype).contiguous(memory_format=memory)
-        return selfcheck.block_end({**one, "identity": other})
-    return selfcheck.stem_pool(one) if r.op == "max_pool" else selfcheck.bn_relu(one)
-
-
-def _run(case: selfcheck.Case, tensors: dict[str, Tensor], dz: Tensor, route: str) -> None:
-    with functional.backend(route):
-        out = case.run(tensors)
-    torch.autograd.grad(out, [t for t in tensors.values() if t.requires_grad], dz)

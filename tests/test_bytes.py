@@ -76,6 +76,15 @@ def test_eager_agrees_with_the_plan_written_by_hand(step, inference):
     assert gb(inference.passes["ideal"]) == pytest.approx(14.0 - 1.54, rel=0.03)
 
 
+def test_every_block_has_its_bytes_in_every_column(step, inference):
+    """Folded weights too are their convolutions'."""
+    for count in (step, inference):
+        blocks = {c: meter_command.grouped(p, False) for c, p in count.passes.items()}
+        eager = [n for n in blocks["eager"] if n.startswith("layer")]
+        for column, gb_of in blocks.items():
+            assert all(0 < gb_of[n] <= blocks["eager"][n] for n in eager), column
+
+
 def test_columns_are_in_order(step, inference):
     for count in (step, inference):
         sizes = [gb(count.passes[c]) for c in ("eager", "compile", "fastres", "ideal")]

@@ -43,7 +43,7 @@ LAYERS: list[tuple[str, ...]] = [
         "graphs",
     ),
     ("",),  # fastres/__init__.py: gathers the public names
-    ("environment", "selfcheck", "routes", "tuning", "_timing", "_trials", "_workload", "images"),
+    ("environment", "selfcheck", "routes", "tuning", "_timing", "_trials", "_workload", "_jobs", "images"),
     ("__main__", "cli", "commands", "commands.*"),
 ]
 # Of these no module of fastres may import any at top level, whatever else is installed.

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from fastres.config import load_config
 from fastres.registry import NORM_LAYERS
@@ -27,6 +26,7 @@ from training.engine import build_model
 from training.loading import load_data
 from training.runtime import Runtime
 
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed: pip install 'fastres[train]'")
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "examples" / "train.py")
 CONFIG = """

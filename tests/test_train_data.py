@@ -10,7 +10,6 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from fastres.config import ConfigError
@@ -25,6 +24,8 @@ from training.optim import build_optimizer, build_schedule, grad_clip
 from training.report import CsvLog, read_csv
 from training.runtime import Runtime
 from training.transforms import CenterCrop, RandomCrop, RandomFlip, RandomResizedCrop, Resize, build_pipeline
+
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed: pip install 'fastres[train]'")
 
 CPU = Runtime(torch.device("cpu"))
 NORMALIZE = dict(type="Normalize", mean=[10.0, 20.0, 30.0], std=[1.0, 2.0, 4.0])

@@ -13,13 +13,14 @@ import torch
 
 import fastres
 from fastres import _trials, functional, tuning
+from fastres._jobs import Job, Route, Site, jobs, shares
 from fastres._workload import Call, Spec, workload
 from fastres.cli import main
 from fastres.functional import BatchNorm
 from fastres.kernels import _launch, _tuned
 from fastres.kernels import fused_conv_bn_relu as family
 from fastres.kernels._launch import ELEMENTWISE, REDUCTION, cut, elementwise, matrix, tile_key
-from fastres.tuning import Job, Route, Site, Tuner, jobs
+from fastres.tuning import Tuner
 from tests import aot
 
 GPU, CAPABILITY = "Test GPU", (9, 0)
@@ -183,6 +184,42 @@ def test_a_block_follows_the_table_in_eager_mode_and_compiled():
         compiled(torch.cat([x, x[:1]]))
 
 
+def folded_routes(net, x):
+    """Route of every convolution of an inference pass on a GPU, and the result."""
+    with torch.no_grad(), functional.assume_gpu(), functional.record_routes() as log:
+        out = net(x)
+    return [c.route for c in log], out
+
+
+def test_a_table_chooses_the_routes_of_inference():
+    """Per shape class, also whether a downsample's convolution joins the block end; every choice computes the same."""
+    net, x = bottleneck().eval(), torch.randn(4, 64, 16, 16).contiguous(memory_format=torch.channels_last)
+    routes, expected = folded_routes(net, x)
+    assert routes == ["triton", "cudnn", "triton", "triton"]
+    rows = [
+        chosen_route("folded_product", (1, 10, 64, 64, 1, 1, 1, 1, 1, 0, 4), "cudnn"),
+        chosen_route("folded_conv", (1, 10, 64, 64, 3, 3, 1, 1, 1, 0, 4), "folded"),
+    ]
+    use(routes=rows)
+    routes, out = folded_routes(net, x)
+    assert routes == ["cudnn", "folded", "triton", "triton"]
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    apart = chosen_route("folded_pair", (10, 256, 64, 64, 1, 4), "separate")
+    use(routes=[apart, chosen_route("folded_product", (1, 10, 256, 64, 1, 1, 1, 1, 1, 1, 4), "folded")])
+    routes, out = folded_routes(net, x)
+    assert routes == ["triton", "cudnn", "cudnn", "folded"]  # of the pair the downsample's first
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    assert folded_routes(net, x[:1])[0] == ["triton", "cudnn", "triton", "triton"]  # another class
+    assert folded_routes(net, x.contiguous())[0][0] != "folded"
+    for backend, wanted in (
+        ("reference", {"reference"}),
+        ("triton", {"triton", "cudnn"}),
+    ):  # what was asked for
+        with functional.backend(backend):
+            assert set(folded_routes(net, x)[0]) == wanted
+    assert routes == ["triton", "cudnn", "cudnn", "folded"]
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
@@ -205,6 +242,10 @@ def test_a_block_follows_the_table_in_eager_mode_and_compiled():
         (
             json.dumps(table(routes=[chosen_route(op="block_end", route="aten")])),
             "wanted one of moments, pending",
+        ),
+        (
+            json.dumps(table(routes=[chosen_route("folded_conv", route="triton")])),
+            "wanted one of cudnn, folded",
         ),
         (json.dumps({k: v for k, v in table().items() if k != "routes"}), "not a tuning table"),
     ],
@@ -369,6 +410,49 @@ def test_every_route_of_a_block_is_checked_and_timed(tmp_path, monkeypatch):
     assert again.routes == [] and len(again.refused) == 4
 
 
+TINY = dict(num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,), stem_channels=8, base_channels=8)
+
+
+def test_routes_of_inference_are_checked_timed_and_followed(tmp_path, monkeypatch):
+    """Every folded convolution of a pass, each on all its routes; a network then takes what the table says."""
+    net = fastres.ResNet(50, **TINY).to(memory_format=torch.channels_last).eval()
+    work = workload(lambda: fastres.ResNet(50, **TINY), (2, 3, 32, 32), torch.float32, True, train=False)
+    todo = shares(jobs(work))
+    assert [j.what for j in todo] == ["convolution"] * 4 + ["pair"]
+    assert all(a.weight >= b.weight for a, b in zip(todo[:4], todo[1:4], strict=False))
+    tuner = tuner_at(tmp_path / "t.json")
+    assert tuner.run(todo, 60, str) == (5, 0) and tuner.refused == []
+    assert {(r["op"], tuple(r["microseconds"])) for r in tuner.routes} == {
+        (op, _tuned.ROUTES[op]) for op in ("folded_product", "folded_conv", "folded_pair")
+    }
+    assert tuner_at(tmp_path / "t.json").run(todo, 60, str) == (0, 0)
+    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    for op, route, count in (("folded_conv", "folded", 3), ("folded_product", "cudnn", 3 + 3 + 2)):
+        forced = {k: route for k in tuner.table().routes if k[0] == op}
+        with _tuned.using(_tuned.EMPTY._replace(routes=forced)):
+            assert folded_routes(net, x)[0].count(route) == count, op
+    # What is wrong is not timed.
+    right = _trials.ways
+    monkeypatch.setattr(
+        _trials,
+        "ways",
+        lambda c, o: {n: lambda f=f, n=n: f() + (n == "cudnn") for n, f in right(c, o).items()},
+    )
+    again = tuner_at(tmp_path / "u.json")
+    again.run(todo[:4], 60, str)
+    assert len(again.refused) == 4 and all("cudnn" in line for line in again.refused)
+    assert not any("cudnn" in r["microseconds"] for r in again.routes) and len(again.routes) == 4
+
+
+def test_a_kernel_of_two_workloads_is_one_job():
+    one, other = kernel_job(), kernel_job()
+    more = other._replace(subject=other.subject._replace(calls={act_call(32): 2}), weight=3)
+    small = kernel_job((1, 7, 6))._replace(weight=1)
+    merged = shares([one], [more, small])
+    assert [(j.name, j.weight) for j in merged] == [(one.name, 1.0), (small.name, 0.25)]
+    assert merged[0].subject.calls == {act_call(): 3, act_call(32): 2}
+
+
 def test_a_tie_keeps_the_default():
     def sample(median, spread):
         return tuning.Sample(median, median - spread, median + spread, median - spread, 9, 1)
@@ -454,6 +538,22 @@ def test_command(tmp_path, capsys):
 @pytest.mark.interpret
 def test_command_in_a_trial(tmp_path, capsys):
     path = tmp_path / "t.json"
-    assert main(["tune", "--batch", "1", "--size", "32", "--dtype", "fp32", "--trial", "--out", str(path),
-                 "--rounds", "1", "--budget", "1s"]) == 0  # fmt: skip
-    assert "0 measured" in capsys.readouterr().out
+    arguments = [
+        "tune",
+        "--batch",
+        "1",
+        "--size",
+        "32",
+        "--dtype",
+        "fp32",
+        "--trial",
+        "--out",
+        str(path),
+        "--rounds",
+        "1",
+    ]
+    assert main([*arguments, "--infer", "--budget", "60s"]) == 0
+    assert "9 measured" in (said := capsys.readouterr().out) and "0 of 9 left" in said
+    data = json.loads(path.read_text())
+    assert {r["kernel"] for r in data["configs"]} == {"end", "elementwise"}
+    assert {r["op"] for r in data["routes"]} == {"folded_product", "folded_conv", "folded_pair"}

@@ -1,4 +1,4 @@
-"""Measure launch configurations and routes on this GPU and write its tuning table.
+"""Measure launch configurations and routes of training and inference on this GPU and write its tuning table.
 
 Every configuration and every route is checked for its values before it is timed. A run that meets its budget, or is
 stopped, goes on where it stopped when the command is given again. The table goes to the user's cache directory
@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
+from fastres._jobs import jobs, shares
 from fastres._registry import MODELS
 from fastres._workload import workload
 from fastres.commands.routes import DTYPES, model_config
 from fastres.kernels import _tuned
 from fastres.kernels._triton import INTERPRET
-from fastres.tuning import Tuner, jobs
+from fastres.tuning import Tuner
 
 __all__ = ["add_arguments", "run", "seconds"]
 
@@ -59,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("channels_last", "nchw", "both"),
         help="of the activations",
     )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--train", action="store_true", help="what a training step uses (default: both)")
+    mode.add_argument("--infer", action="store_true", help="what an inference pass uses (default: both)")
     parser.add_argument("--budget", type=seconds, default=480.0, help="time to spend, such as 8m (default)")
     parser.add_argument(
         "--out", type=Path, help="the table to write, instead of the one in the cache directory"
@@ -87,15 +91,19 @@ def run(args: argparse.Namespace) -> int:
     if args.trial:
         tuner.timing |= dict(region=0.0, warmup=0)
     config = model_config(args) if args.config or args.model else dict(TINY)
-    todo = []
+    works = []
     model = MODELS.build(config)
     for batch in args.batch:
         shape = (batch, args.channels, args.size, args.size)
         for last in {"both": (True, False), "nchw": (False,)}.get(args.layout, (True,)):
-            work = workload(lambda: MODELS.build(config), shape, DTYPES[args.dtype], last, capability)
-            todo += [*tuner.sites(work.calls), *jobs(work)]
-    order = {"kernel": 0, "operation": 1, "block": 2}
-    todo.sort(key=lambda j: (order[j.what], -j.weight))
+            for train in (True, False):
+                if args.infer if train else args.train:
+                    continue
+                work = workload(
+                    lambda: MODELS.build(config), shape, DTYPES[args.dtype], last, capability, train
+                )
+                works.append([*tuner.sites(work.calls), *jobs(work)])
+    todo = shares(*works)
     left_s = args.budget - (time.perf_counter() - start)
     measured, left = tuner.run(todo, left_s, print, model)
     for line in tuner.refused:

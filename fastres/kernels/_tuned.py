@@ -59,7 +59,9 @@ T = TypeVar("T", bound=Config)
 
 # Operation -> its routes, the stated default first where that is fixed. Keys: of an activation's matrix (channels_last,
 # classes of rows and columns, bytes a value) for the first three, (class of rows, N, C, bytes a value) for a 1x1
-# convolution between C and N channels in the others, whose default is the byte and flop model of ``_routing``.
+# convolution between C and N channels in the next three, whose default is the byte and flop model of ``_routing``.
+# The last three are of inference (keys: ``folded_conv.folded_key`` and ``pair_key``): a 1x1 convolution that the block
+# end's product can make, any other with a ReLU, and a block end with the downsample's convolution in its product.
 ROUTES: dict[str, tuple[str, ...]] = {
     "batch_norm": ("triton", "aten"),
     "add_relu": ("triton", "aten"),
@@ -67,6 +69,9 @@ ROUTES: dict[str, tuple[str, ...]] = {
     "block_end": ("moments", "pending"),
     "pair_end": ("moments", "pending"),
     "block_start": ("joint", "autograd"),
+    "folded_product": ("triton", "cudnn", "folded"),
+    "folded_conv": ("cudnn", "folded"),
+    "folded_pair": ("pair", "separate"),
 }
 
 

@@ -14,6 +14,8 @@ Four ways to run it, chosen in ``fastres._routing``:
     onednn      float CPU tensors in channels_last: oneDNN's convolution on a weight packed once
     folded      PyTorch's convolution with the folded weight, then addition and ReLU in place
 
+Which of the three on a GPU is faster depends on the shape: a tuning table may say so (``folded_key``, ``pair_key``).
+
 What oneDNN's operators need care in. They drop gradients without a word, so they run where none is wanted. The
 addition in place overwrites ``other``, so it is used on tensors this package made. Their ReLU turns NaN into 0, unlike
 PyTorch's: it is fused where a network's images and weights have been found to be finite; else inside a residual branch
@@ -34,10 +36,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fastres.kernels import _tuned
 from fastres.kernels._library import Traffic, register
 
-__all__ = ["Folded", "Geometry", "aten_conv", "cudnn_obstacle", "fold", "folded_conv", "geometry", "onednn_conv",
-           "onednn_obstacle", "pack"]  # fmt: skip
+__all__ = ["Folded", "Geometry", "aten_conv", "cudnn_obstacle", "fold", "folded_conv", "folded_key", "geometry",
+           "onednn_conv", "onednn_obstacle", "pack", "pair_key"]  # fmt: skip
 
 LAST = torch.channels_last
 
@@ -57,6 +60,22 @@ class Geometry(NamedTuple):
             for n, p, d, k, s in zip(x[2:], self.padding, self.dilation, weight[2:], self.stride, strict=True)
         )
         return x[0], weight[0], h, w
+
+
+def folded_key(x: Tensor, weight: Sequence[int], g: Geometry, add: bool) -> _tuned.Key:
+    """Shape class of a folded convolution with a ReLU; ``weight`` is the weight's shape, ``add``: with an addition."""
+    n, k, h, w = g.out(x.shape, weight)
+    last = x.is_contiguous(memory_format=LAST)
+    return (
+        int(last), _tuned.log2(max(n * h * w, 1)), k, x.shape[1], *weight[2:], g.stride[0], g.dilation[0], g.groups,
+        int(add), x.element_size(),
+    )  # fmt: skip
+
+
+def pair_key(x: Tensor, x2: Tensor, channels: int, stride2: int) -> _tuned.Key:
+    """Shape class of a block end that has the downsample's 1x1 convolution of x2 in its product, in channels_last."""
+    rows = max(x.numel() // x.shape[1], 1)
+    return _tuned.log2(rows), channels, x.shape[1], x2.shape[1], stride2, x.element_size()
 
 
 class Folded(NamedTuple):
