@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["BACKENDS", "CONV3X3", "MEMORY", "MOMENTS", "BatchNorm", "Choice", "assume_gpu", "backend", "choose",
-           "conv3x3", "decide", "decide_folded", "decide_pair", "folding", "fuses", "get_backend", "get_folding", "memory",
-           "moments", "moments_pay", "own_conv3x3", "recomputes", "record", "record_routes", "transformed"]  # fmt: skip
+           "conv3x3", "decide", "decide_folded", "decide_pair", "folding", "fuses", "get_backend", "get_folding",
+           "memory", "moments", "moments_pay", "own_conv3x3", "recomputes", "record", "record_routes",
+           "transformed"]  # fmt: skip
 
 BACKENDS = ("auto", "triton", "aten", "reference")
 MOMENTS = ("auto", "on", "off")
