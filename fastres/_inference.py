@@ -40,7 +40,9 @@ __all__ = ["Check", "conv_add_relu", "convolve", "convolve_pair", "for_product",
            "product", "run"]  # fmt: skip
 
 LAST = torch.channels_last
-_LAST_LIKE = torch.empty(1, 2, 2, 2).contiguous(memory_format=LAST)  # any float32 activation in channels_last
+_LAST_LIKE = torch.empty(1, 2, 2, 2, device="cpu").contiguous(
+    memory_format=LAST
+)  # any float32 activation in channels_last
 Check = Callable[
     [tuple[int, ...], Tensor], None
 ]  # of a norm against the convolution's output shape and input
