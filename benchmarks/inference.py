@@ -4,10 +4,10 @@
     python -m benchmarks.inference --model resnet50 --batch 256 --dtype bf16 --compile
 
 The first call of each way is timed by itself: it folds and packs, or compiles. Then they take turns, what is not
-compiled together and each compiled way with eager and fastres, until the budget of the case is spent. A turn begins with
-a call that is not timed: whoever serves one model has its weights in the caches, not those of another. Batch 1 also gets
-the 50th, 90th and 99th percentile of single calls. Nothing is timed before the results agree with eager PyTorch's; rows
-go to a new file of ``benchmarks/results``, as ``benchmarks.run`` writes them.
+compiled together and each compiled way with eager and fastres, until the budget of the case is spent. A turn begins
+with a call that is not timed: whoever serves one model has its weights in the caches, not those of another. Batch 1
+also gets the 50th, 90th and 99th percentile of single calls. Nothing is timed before the results agree with eager
+PyTorch's; rows go to a new file of ``benchmarks/results``, as ``benchmarks.run`` writes them.
 """
 
 from __future__ import annotations
