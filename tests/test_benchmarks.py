@@ -382,33 +382,31 @@ def test_the_whole_matrix_is_reachable(capsys):
 
 
 def test_cells_are_timed_and_written(tmp_path, monkeypatch, capsys):
-    """Through pytest-benchmark, at tiny sizes: an operation, a block, a network and a loader."""
+    """Through pytest-benchmark, at tiny sizes: an operation, a block and a loader."""
     from benchmarks import conftest
 
     monkeypatch.setattr(conftest, "gate", lambda device: [])
     monkeypatch.setattr(conftest, "RESULTS", [])
     monkeypatch.setattr(loading, "WORKERS", 0)
-    chosen = "(stem and train) or (BasicBlock and 128 and infer) or (network and resnet18 and train)"
+    chosen = "(stem and train) or (BasicBlock and 128 and infer)"
     small = ["--bench-rounds", "2", "--bench-size", "32", "--bench-out", str(tmp_path)]
     command = ["benchmarks", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *small, "-k",
                f"{chosen} or (loading and resnet18)", "--bench-alternatives", "eager", "eager graph"]  # fmt: skip
     assert pytest.main(command) == 0
     text = capsys.readouterr().out
-    assert "4 passed" in text and "medians in ms" in text
+    assert "3 passed" in text and "medians in ms" in text
     ((head, rows),) = read(tmp_path)
     by = {}
     for r in rows:
         by.setdefault((r["suite"], r["mode"]), {})[r["alternative"]] = r
-    timed = {("operations", "train"), ("blocks", "infer"), ("networks", "train")}
+    timed = {("operations", "train"), ("blocks", "infer")}
     assert set(by) == {*timed, ("loading", "load"), ("loading", "train"), ("loading", "load+train")}
     for what in timed:
         assert set(by[what]) == {REFERENCE, "eager", "eager graph", "fastres channels_last"}
         good = [r for r in by[what].values() if "error" not in r]
-        assert len(good) > 2 and all(
-            r["rounds"] == 2 and r["reference_s"] > 0 and r["bytes"] > 0 for r in good
-        )
-    if not torch.cuda.is_available():
-        assert "error" in by["networks", "train"]["eager graph"] and "not measured" in text
+        assert len(good) > 2
+        for r in good:
+            assert r["rounds"] >= 2 and r["reference_s"] > 0 and r["bytes"] > 0, r
 
 
 def test_tests_go_on_where_they_were_stopped(tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def test_missing_checkpoint_and_empty_folder(given, capsys):
     assert "no image" in capsys.readouterr().err
     (folder / "net.pth").write_bytes(b"not a checkpoint")
     assert call(folder, folder / "0.png") == 1
-    assert "cannot be read as a checkpoint" in capsys.readouterr().err
+    assert "is not a file of tensors and plain values" in capsys.readouterr().err
     (folder / "net.pth").unlink()
     assert call(folder, folder / "0.png") == 1
     assert "is no file" in capsys.readouterr().err
