@@ -34,7 +34,7 @@ X = (4, 3, 32, 32)
 class Short(fastres.ResNet):
     """Few blocks, of each kind one."""
 
-    arch_settings = {50: (fastres.Bottleneck, (2, 2, 1, 1))}
+    arch_settings = {50: (fastres.Bottleneck, (2, 1, 1, 1))}
 
 
 class Net(nn.Module):
@@ -216,7 +216,7 @@ def test_one_graph_for_every_batch_size(route, training):
         torch.set_grad_enabled(training),
         torch._dynamo.config.patch(error_on_recompile=True),
     ):
-        for n in (5, 7, 9):  # no other size in the net, which torch would take for the same
+        for n in (5, 7):  # no other size in the net, which torch would take for the same
             y, want = call(images(n, n)), plain(images(n, n))
             torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
             if training:
