@@ -29,6 +29,7 @@ pytestmark = pytest.mark.aot
 # With Triton 3.6.0 these spill 8 to 56 bytes on sm_80 or sm_100 (none does on sm_90, or with the pinned version). A
 # strict expectation: one that stops to spill, or another that begins to, fails.
 SPILL_3_6_0 = {
+    "pool.pool_backward_kernel-fp16-nchw-16x256-sm_100",
     "pool.pool_backward_kernel-bf16-nchw-16x256-sm_100",
     "block_start.dgrad2-fp16-128x64x64-sm_100",
     "block_start.dgrad2-bf16-128x64x64-sm_100",
