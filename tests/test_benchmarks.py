@@ -390,8 +390,8 @@ def test_cells_are_timed_and_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loading, "WORKERS", 0)
     chosen = "(stem and train) or (BasicBlock and 128 and infer)"
     small = ["--bench-rounds", "2", "--bench-size", "32", "--bench-out", str(tmp_path)]
-    # Enabled by name, for pytest-benchmark measures nothing in a worker of xdist.
-    small += ["-p", "no:cacheprovider", "-p", "no:xdist", "--benchmark-enable"]
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark measures nothing in one
+    small += ["-p", "no:cacheprovider", "-p", "no:xdist"]
     command = ["benchmarks", "-q", *small, "-k", f"{chosen} or (loading and resnet18)",
                "--bench-alternatives", "eager", "eager graph"]  # fmt: skip
     assert pytest.main(command) == 0
