@@ -11,15 +11,16 @@ compare. With a version of Triton that has no table they compile everything.
 
 from __future__ import annotations
 
+import ast
 import csv
 import functools
 import hashlib
-import importlib
 import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from fastres.kernels._aot import Case
 from tests import aot
@@ -39,28 +40,38 @@ def version() -> str:
 
 
 @functools.cache
-def _without_lines() -> None:
-    """Triton counts the line where a kernel begins to its identity, for debuggers; the code does not depend on it."""
-    from triton.runtime.jit import JITFunction
+def sources(kernel: Any) -> tuple[str, ...]:
+    """The source of a kernel, of every device function that it calls, and the values of the globals that they use.
 
-    found = [v for m in aot.modules() for v in vars(importlib.import_module(f"fastres.kernels.{m}")).values()]
-    for value in found:
-        if isinstance(value, JITFunction):
-            value.starting_line_number, value.hash = 0, None
+    Triton's own identity of a kernel also counts the line it stands on, and was seen to change with what else a process
+    had compiled. Triton's own functions go with its version.
+    """
+    found: dict[str, str] = {}
+    todo = [kernel]
+    while todo:
+        function = todo.pop()
+        name = f"{function.__module__}.{function.__name__}"
+        if name in found:
+            continue
+        found[name] = f"{name}: {function.src}"
+        for node in ast.walk(ast.parse(function.src)):
+            value = None
+            if isinstance(node, ast.Name):
+                value = function.__globals__.get(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                value = getattr(function.__globals__.get(node.value.id), node.attr, None)
+            if hasattr(value, "src") and not value.__module__.startswith("triton"):  # another device function
+                todo.append(value)
+            elif isinstance(value, int | float | str) or type(value).__name__ == "constexpr":
+                found[f"{name} {ast.unparse(node)}"] = f"{name} {ast.unparse(node)} = {value}"
+    return tuple(found[k] for k in sorted(found))
 
 
 def key(case: Case, arch: int) -> str:
     """A hash of all that decides what this configuration compiles to."""
-    _without_lines()
     parts = [
-        case.kernel.cache_key,
-        case.signature,
-        case.constants,
-        case.options,
-        case.aligned,
-        arch,
-        version(),
-    ]
+        sources(case.kernel), case.signature, case.constants, case.options, case.aligned, arch, version()
+    ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
