@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastres import _folding
@@ -37,12 +38,11 @@ from fastres.kernels.folded_conv import (
 from fastres.kernels.winograd import winograd_folded, winograd_weight
 
 __all__ = ["Check", "conv_add_relu", "convolve", "convolve_pair", "for_product", "images", "inference_layout", "off",
-           "product", "run"]  # fmt: skip
+           "product", "run", "unseen"]  # fmt: skip
 
 LAST = torch.channels_last
-_LAST_LIKE = torch.empty(1, 2, 2, 2, device="cpu").contiguous(
-    memory_format=LAST
-)  # any float32 activation in channels_last
+# Any float32 activation in channels_last.
+_LAST_LIKE = torch.empty(1, 2, 2, 2, device="cpu").contiguous(memory_format=LAST)
 Check = Callable[
     [tuple[int, ...], Tensor], None
 ]  # of a norm against the convolution's output shape and input
@@ -57,21 +57,44 @@ class _Forward(threading.local):
 _now = _Forward()
 
 
+# Modules of torch whose results are finite where their inputs are; weights, if any, are looked at when they are folded.
+_FINITE = (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, nn.Sequential)
+
+
+def _keeps_finite(net: nn.Module) -> bool:
+    """Whether a network consists of such modules and this package's, with every norm on running statistics: no weight
+    is used unseen, and nobody else's code or hook runs in between."""
+    for m in net.modules():
+        if type(m) not in _FINITE and not type(m).__module__.startswith("fastres."):
+            return False
+        if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None):
+            return False
+        if m._forward_hooks or m._forward_pre_hooks:
+            return False
+    return True
+
+
 @contextmanager
-def images(x: Tensor) -> Iterator[None]:
-    """Around the forward of a network of images ``x`` [N, C, H, W]. On a CPU, where they are finite, every ReLU may be
-    fused, although oneDNN's turns NaN into 0: none can arise, unless values overflow. Checking costs one sum."""
+def images(net: nn.Module, x: Tensor) -> Iterator[None]:
+    """Around the forward of a network of images ``x`` [N, C, H, W]. On a CPU, where the images are finite and the
+    network keeps them so, every ReLU may be fused, although oneDNN's turns NaN into 0: none can arise, unless values
+    overflow. Checking costs one sum of the images and a walk over the modules."""
     before = _now.finite
     if off() or torch.is_grad_enabled() or x.device.type != "cpu" or not _plain(x) or _fake(x):
         yield
         return
-    _now.finite = decide_folded("conv_bn", _LAST_LIKE.to(x.dtype), (), False)[0] == "onednn" and isfinite(
-        x.sum()
-    )
+    fused = decide_folded("conv_bn", _LAST_LIKE.to(x.dtype), (), False)[0] == "onednn"
+    _now.finite = fused and _keeps_finite(net) and isfinite(x.sum())
     try:
         yield
     finally:
         _now.finite = before
+
+
+def unseen() -> None:
+    """A weight is used that nobody has looked at."""
+    if not torch.compiler.is_compiling():
+        _now.finite = False
 
 
 def off() -> bool:
@@ -329,6 +352,7 @@ def conv_add_relu(
         z = convolve(x, conv, None, relu, other, own, inner=inner)
         if isinstance(z, Tensor):
             return z
+        unseen()
     assert isinstance(conv, nn.Conv2d)
     y = conv._conv_forward(x, conv.weight, conv.bias)
     y = y if other is None else y + other

@@ -167,7 +167,10 @@ def fold_pending(
         return ""
     x = materialize(p.x)
     z = _inference.convolve(x, p.conv, p.bn, relu, other, own, fits_norm(p.bn), inner)
-    return f"not folded: {z}" if isinstance(z, str) else z
+    if isinstance(z, str):
+        _inference.unseen()
+        return f"not folded: {z}"
+    return z
 
 
 def plain_conv(conv: nn.Module) -> bool:

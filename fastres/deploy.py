@@ -124,7 +124,7 @@ class FoldedResNet(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images [N, in_channels, H, W] to one feature map for each of ``out_indices``."""
-        with images(x):
+        with images(self, x):
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -321,7 +321,7 @@ class ResNet(BaseModule):
         """
         self._check(x)
         inner = self._inner(x)
-        with weight_casts(self, x), images(x):
+        with weight_casts(self, x), images(self, x):
             outs = self._stages(self._pool(self._stem(inner)))
         return outs if inner is x else tuple(out.contiguous() for out in outs)
 
