@@ -18,7 +18,7 @@ import contextlib
 import copy
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -100,8 +100,8 @@ def _train(net: nn.Module, steps: int, dtype: torch.dtype, layout: torch.memory_
     return _Run(torch.stack(losses), _flat(net.parameters()), _flat(statistics))
 
 
-def _flat(tensors: object) -> Tensor:
-    return torch.cat([t.detach().double().cpu().flatten() for t in tensors])  # type: ignore[attr-defined]
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([t.detach().double().cpu().flatten() for t in tensors])
 
 
 def paired(steps: int, backend: str = "auto", width: int = 8, device: str = "cpu") -> list[Distance]:

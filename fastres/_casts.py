@@ -3,7 +3,7 @@
 The first forward of a network casts layer by layer and notes which weights that was; the ones after cast all of those
 at once, before the first layer. Each weight keeps a gradient of its own, cast back when it arrives, so gradient hooks
 and the buckets of DistributedDataParallel see them in the order they always have. Nothing is kept between forwards but
-the list of names' weights, outside of the modules.
+weak references to those weights, outside of the modules.
 """
 
 from __future__ import annotations

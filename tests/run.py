@@ -97,15 +97,19 @@ def other_triton() -> Path | str:
     return folder
 
 
+def _path(folder: str) -> str:
+    """PYTHONPATH with a folder at its head."""
+    return os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+
+
 def record() -> int:
     """Bring the tables of what every launch compiles to up to date, for both versions of Triton."""
     other, code = other_triton(), 0
-    for path in ("", other):
-        if path and isinstance(path, str):
-            print(path)
-            return 1
-        paths = [str(p) for p in (path, os.environ.get("PYTHONPATH")) if p]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    if isinstance(other, str):
+        print(other)
+        return 1
+    for folder in ("", str(other)):
+        env = os.environ | {"PYTHONPATH": _path(folder)}
         code |= subprocess.run([sys.executable, "-m", "tests.compiled"], cwd=ROOT, env=env).returncode
     return code
 
@@ -116,7 +120,7 @@ def run_phase(name: str, expression: str, extra: list[str]) -> Result:
     if name == "interpret":
         env["TRITON_INTERPRET"] = "1"
     if name == "peers":
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FOLDER), env.get("PYTHONPATH")]))
+        env["PYTHONPATH"] = _path(str(FOLDER))
     print(f"\n== pytest {name}", flush=True)
     start = time.perf_counter()
     if name == OTHER_PHASE:
@@ -124,8 +128,7 @@ def run_phase(name: str, expression: str, extra: list[str]) -> Result:
         if isinstance(folder, str):
             print(f"skipped: {folder}")
             return Result(name, True, time.perf_counter() - start, {"passed": 0, "failed": 0, "skipped": 1})
-        paths = [str(folder), *filter(None, [env.get("PYTHONPATH")])]
-        env |= {"PYTHONPATH": os.pathsep.join(paths), "AOT_TRITON": OTHER_TRITON}
+        env |= {"PYTHONPATH": _path(str(folder)), "AOT_TRITON": OTHER_TRITON}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         options = ["-q", "-m", expression, f"--junitxml={report}", "--durations=8", "--durations-min=2"]
