@@ -72,7 +72,7 @@ def blocks(norm: str) -> dict[str, nn.Module]:
     import fastres
 
     made = {}
-    for name, cin, stride in (("Bottleneck", 64, 1), ("Bottleneck with downsample", 32, 2)):
+    for name, cin, stride in (("Bottleneck", 64, 1), ("Bottleneck with downsample", 8, 2)):
         torch.manual_seed(0)
         layer = fastres.ResLayer(fastres.Bottleneck, 1, cin, 64, stride=stride, norm_cfg=dict(type=norm))
         made[name] = layer[0].to(memory_format=torch.channels_last).train()

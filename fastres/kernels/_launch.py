@@ -8,6 +8,7 @@ of them for a shape class there (``_tuned``); without one the rule below does.
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -58,6 +59,7 @@ REDUCTION: dict[bool, tuple[Tile, ...]] = {
 }
 MERGE = Tile(32, 32, 4)  # the second stage: [partials, channels]
 _PROGRAMS = 1024  # first-stage programs to aim at: several for each of 100 to 150 multiprocessors
+SHAPES = 4096  # whose plans are remembered, for a launch is as quick as its arithmetic
 _MIN_TILES = 4  # tiles a program walks at least, so that the second stage stays small
 
 
@@ -159,7 +161,10 @@ def shape_class(m: Matrix) -> tuple[int, int]:
 def default_tile(kind: str, m: Matrix) -> Tile:
     """Without a table: the first tile that holds a row, else the widest."""
     tiles = (ELEMENTWISE if kind == "elementwise" else REDUCTION)[m.nhwc]
-    return next((t for t in tiles if t.b1 >= m.cols), tiles[-1])
+    for t in tiles:
+        if t.b1 >= m.cols:
+            return t
+    return tiles[-1]
 
 
 def tile_key(m: Matrix) -> _tuned.Key:
@@ -184,7 +189,11 @@ def elementwise(m: Matrix) -> tuple[Tile, tuple[int, int]]:
 
 def cut(m: Matrix) -> Cut:
     """How a reduction per channel over ``m`` is divided among programs."""
-    tile = _pick("reduction", m)
+    return _cut(m, _pick("reduction", m))
+
+
+@functools.lru_cache(SHAPES)
+def _cut(m: Matrix, tile: Tile) -> Cut:
     groups = -(-m.c // tile.b1) if m.nhwc else m.c
     length = m.rows if m.nhwc else m.n
     # Rows (images) that make _MIN_TILES tiles, and the number of parts that makes _PROGRAMS programs.
@@ -203,8 +212,11 @@ def partial_bytes(y: Tensor, rows: int) -> int:
     return 2 * 4 * rows * cut(m).parts * m.c if y.numel() else 0
 
 
+_HERE = nullcontext()
+
+
 def on(x: Tensor) -> AbstractContextManager[object]:
     """Make ``x``'s GPU current for a launch; nothing where it already is, or on the CPU."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return nullcontext()
+    return _HERE

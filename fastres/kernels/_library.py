@@ -17,7 +17,8 @@ from torch.library import Library
 
 from fastres.kernels._triton import INTERPRET
 
-__all__ = ["NAMESPACE", "REFERENCES", "TRAFFIC", "Traffic", "register"]
+__all__ = ["NAMESPACE", "REFERENCES", "TRAFFIC", "Operator", "Traffic", "applied", "register",
+           "unwatched"]  # fmt: skip
 
 NAMESPACE = "fastres"
 _LIBRARY = Library(NAMESPACE, "DEF")
@@ -77,9 +78,10 @@ def _strided(a: Tensor) -> bool:
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_SCALARS = frozenset((type(None), bool, int, float, str))
 _interpreters = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_profiled = torch.autograd._profiler_enabled
+_profiled, _tracing = torch.autograd._profiler_enabled, torch._C._get_tracing_state
 
 
 def _watched() -> bool:
@@ -90,33 +92,82 @@ def _watched() -> bool:
         or _function_modes()
         or _interpreters() is not None
         or _profiled()
-        or torch._C._get_tracing_state() is not None
+        or _tracing() is not None
     )
 
 
-def _direct(op: Any, triton: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator; or its launcher itself, where all that the dispatcher would do is call that.
+def unwatched(x: Tensor, *vectors: Tensor | None) -> bool:
+    """Whether the launchers themselves may be called (``Operator.at``) on tensors that lie where x does: nothing has to
+    see the operators, no gradient is recorded, and kernels can read these vectors as they lie. Asked once for several
+    operators, where each would ask for itself."""
+    if _watched() or torch.is_grad_enabled() or type(x) not in _PLAIN or not (INTERPRET or x.is_cuda):
+        return False
+    for v in vectors:
+        if v is not None and (type(v) not in _PLAIN or not v.is_contiguous()):
+            return False
+    return True
 
-    The dispatcher, which autograd makes every call enter twice, takes as much host time as a launcher.
+
+class Operator:
+    """Calls a registered operator; or its launcher, where all that the dispatcher would do is call that.
+
+    The dispatcher, which autograd makes every call enter twice, takes as much host time as a launcher; with a gradient,
+    through the Python that torch.library puts around a backward, several times as much.
     """
 
-    @functools.wraps(triton)
-    def call(*args: Any) -> Any:
-        if _watched():
-            return op(*args)
-        grad = torch.is_grad_enabled()
-        for a in args:
-            if isinstance(a, Tensor) and (
-                type(a) not in _PLAIN
-                or not (a.is_cuda or INTERPRET)
-                or (grad and a.requires_grad)
-                or _strided(a)
-            ):
-                return op(*args)
-        return triton(*args)
+    __slots__ = ("_recorded", "launch", "op")
 
-    call.op = op  # type: ignore[attr-defined]
+    def __init__(
+        self, op: Any, launch: Callable[..., Any], function: type[torch.autograd.Function] | None
+    ) -> None:
+        self.op, self.launch = op, launch
+        self._recorded = (
+            op if function is None else applied(function)
+        )  # what to call where a gradient is recorded
+
+    def at(self, fast: bool) -> Callable[..., Any]:
+        """The launcher where ``fast``, which :func:`unwatched` tells, else the operator."""
+        return self.launch if fast else self.op
+
+    def __call__(self, *args: Any) -> Any:
+        if _watched():
+            return self.op(*args)
+        grad, recorded = torch.is_grad_enabled(), False
+        for a in args:
+            kind = type(a)
+            if kind in _SCALARS:
+                continue
+            if kind not in _PLAIN or not (INTERPRET or a.is_cuda) or _strided(a):
+                return self.op(*args)
+            recorded = recorded or (grad and a.requires_grad)
+        return self._recorded(*args) if recorded else self.launch(*args)
+
+
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for hot paths: outside compilers and transforms of torch.func straight into C++, without the
+    Python that prepares every argument for those."""
+    direct = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or _interpreters() is not None:
+            return function.apply(*args)
+        return direct(*args)
+
     return call
+
+
+def _function(
+    launch: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """What ``register_autograd`` makes of the three, around the launcher."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = launch(*args)
+        setup(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(backward.__name__, (torch.autograd.Function,), methods)
 
 
 def register(
@@ -129,8 +180,8 @@ def register(
     setup_context: Callable[..., None] | None = None,
     differentiable: bool = True,
     traffic: Callable[..., Traffic] | None = None,
-) -> Callable[..., Any]:
-    """Register an operator and return what calls it; the ``OpOverload`` itself is the attribute ``op`` of that.
+) -> Operator:
+    """Register an operator and return what calls it.
 
     Args:
         schema: torch schema without the namespace, ``name(Tensor y, ...) -> Tensor``.
@@ -151,7 +202,10 @@ def register(
     _LIBRARY.impl(name, launcher, "CUDA")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    function = None
     if backward is not None:
+        assert setup_context is not None
+        function = _function(triton, setup_context, backward)
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     elif differentiable:
 
@@ -162,5 +216,4 @@ def register(
             )
 
         torch.library.register_autograd(qualified, refuse, lib=_LIBRARY)
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    return _direct(op, triton)
+    return Operator(getattr(getattr(torch.ops, NAMESPACE), name).default, triton, function)

@@ -125,34 +125,40 @@ def merge_sums(partial: Tensor) -> tuple[Tensor, ...]:
     """Second stage of a reduction: [K, parts, C] partials to K vectors [C], in a fixed order; in two steps where there
     are many parts, for a program walks its parts one after the other."""
     k, parts, c = partial.shape
-    for group in (_GROUP, parts) if parts > _MANY else (parts,):
-        rows = -(-parts // group)
-        out = torch.empty(k, rows, c, dtype=torch.float32, device=partial.device)
-        merge_sums_kernel[(-(-c // MERGE.b1), k, rows)](
-            partial, out, parts, c, min(group, parts), B0=MERGE.b0, B1=MERGE.b1, num_warps=MERGE.warps
-        )
+    if parts > _MANY:
+        rows = -(-parts // _GROUP)
+        out = partial.new_empty(k, rows, c)
+        _sum_rows(partial, out, k, rows, parts, c, _GROUP)
         partial, parts = out, rows
-    return tuple(partial.view(k, c).unbind(0))
+    sums = partial.new_empty(k, c)
+    _sum_rows(partial, sums, k, 1, parts, c, parts)
+    return sums.unbind(0)
+
+
+def _sum_rows(partial: Tensor, out: Tensor, k: int, rows: int, parts: int, c: int, group: int) -> None:
+    merge_sums_kernel[(-(-c // MERGE.b1), k, rows)](
+        partial, out, parts, c, group, B0=MERGE.b0, B1=MERGE.b1, num_warps=MERGE.warps
+    )
 
 
 def merge_stats(
-    partial: Tensor, total: int, per_chunk: int, running_mean: Tensor | None, running_var: Tensor | None,
+    pmean: Tensor, pm2: Tensor, total: int, per_chunk: int, running_mean: Tensor | None, running_var: Tensor | None,
     momentum: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Second stage of the statistics: means and M2 [2, parts, C] of chunks of ``per_chunk`` values (the last one what
-    is left of ``total``) to mean and variance [C]; updates the running statistics, where given."""
-    _, parts, c = partial.shape
+    """Second stage of the statistics: means and M2, [parts, C] each, of chunks of ``per_chunk`` values (the last one
+    what is left of ``total``) to mean and variance [C]; updates the running statistics, where given."""
+    parts, c = pmean.shape
     if parts > _MANY:
         rows = -(-parts // _GROUP)
-        out = torch.empty(2, rows, c, dtype=torch.float32, device=partial.device)
+        means, m2 = pmean.new_empty(rows, c), pmean.new_empty(rows, c)
         group_stats_kernel[(-(-c // MERGE.b1), rows)](
-            partial[0], partial[1], out[0], out[1], parts, c, total, per_chunk, _GROUP,
+            pmean, pm2, means, m2, parts, c, total, per_chunk, _GROUP,
             B0=MERGE.b0, B1=MERGE.b1, num_warps=MERGE.warps,
         )  # fmt: skip
-        partial, parts, per_chunk = out, rows, per_chunk * _GROUP
-    mean, var = torch.empty(2, c, dtype=torch.float32, device=partial.device).unbind(0)
+        pmean, pm2, parts, per_chunk = means, m2, rows, per_chunk * _GROUP
+    mean, var = pmean.new_empty(c), pmean.new_empty(c)
     merge_stats_kernel[(-(-c // MERGE.b1), 1)](
-        partial[0], partial[1], mean, var, running_mean, running_var, parts, c, total, per_chunk,
+        pmean, pm2, mean, var, running_mean, running_var, parts, c, total, per_chunk,
         total / max(total - 1, 1), momentum,
         RUNNING=running_mean is not None, B0=MERGE.b0, B1=MERGE.b1, num_warps=MERGE.warps,
     )  # fmt: skip

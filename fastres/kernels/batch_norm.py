@@ -157,13 +157,13 @@ def _stats(
         return mean, var
     plan = cut(m)
     tile = plan.tile
-    partial = workspace(plan.parts, 2, m.c, y.device)
+    pmean, pm2 = (torch.empty(plan.parts, m.c, dtype=torch.float32, device=y.device) for _ in range(2))
     with on(y):
         stats_kernel[(plan.parts, plan.groups)](
-            y, partial[0], partial[1], *reduction_arguments(m, plan),
+            y, pmean, pm2, *reduction_arguments(m, plan),
             NHWC=m.nhwc, B0=tile.b0, B1=tile.b1, num_warps=tile.warps,
         )  # fmt: skip
-        return merge_stats(partial, total, plan.per_chunk, running_mean, running_var, momentum)
+        return merge_stats(pmean, pm2, total, plan.per_chunk, running_mean, running_var, momentum)
 
 
 def _act(
@@ -198,9 +198,10 @@ def _reduce(
     plan = cut(m)
     tile = plan.tile
     partial = workspace(plan.parts, 2, m.c, y.device)
+    p1, p2 = partial.unbind(0)
     with on(y):
         reduce_kernel[(plan.parts, plan.groups)](
-            dz.contiguous(memory_format=like(y, m)), y, mean, var, gamma, beta, partial[0], partial[1], eps,
+            dz.contiguous(memory_format=like(y, m)), y, mean, var, gamma, beta, p1, p2, eps,
             *reduction_arguments(m, plan), RELU=relu, AFFINE=gamma is not None, NHWC=m.nhwc,
             B0=tile.b0, B1=tile.b1, num_warps=tile.warps,
         )  # fmt: skip

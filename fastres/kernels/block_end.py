@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastres.kernels import fused_conv_bn_relu as ops
+from fastres.kernels._library import applied, unwatched
 from fastres.kernels._sync import merge_over_group, over_group, update_running
 from fastres.kernels.batch_norm import batch_norm_backward
 from fastres.kernels.residual_add_relu import masked
@@ -137,7 +138,8 @@ class _BlockEnd(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         stride2 = 1 if second is None else second.stride
         x2 = x2 if base2 is None else base2
-        out, bits = ops.pointwise_end(
+        fast = unwatched(x, gamma0, beta0, mean0, var0)
+        out, bits = ops.pointwise_end.at(fast)(
             x, mean0, var0, gamma0, beta0, first.eps0, mean0 is not None, folded[0], folded[1], identity, x2,
             folded[_FOLDED], folded[_FOLDED + 1], stride2, keep, save,
         )  # fmt: skip
@@ -165,31 +167,36 @@ class _BlockEnd(torch.autograd.Function):
         act = mean0 is not None
         prologue = (mean0, var0, gamma0, beta0, first.eps0, act)
         stride2 = 1 if second is None else second.stride
-        sums, g = ops.p_sums(dout, bits, x, *prologue, one.anchor, x2, two.anchor, stride2, keep)
+        fast = unwatched(dout, gamma0, beta0, mean0, var0, gamma, gamma2)
+        sums, g = ops.p_sums.at(fast)(dout, bits, x, *prologue, one.anchor, x2, two.anchor, stride2, keep)
         g = dout if bits is None else g
         mine = weight.numel() + weight.shape[0]
         local1 = _local(sums[:mine], weight, one, first)
         local2 = None if second is None else _local(sums[mine:], weight2, two, second)
         totals1, totals2 = _reduced(local1, one, first, local2, two, second)
         rows = dout.shape[0] * dout.shape[2] * dout.shape[3]
-        dw, dgamma, dbeta, b, shift = _matrices(sums[:mine], weight, gamma, one, first, x, totals1, rows)
+        dw, dgamma, dbeta, b, shift = _matrices(
+            sums[:mine], weight, gamma, one, first, x, totals1, rows, fast
+        )
         other: tuple[Any, ...] = (None,) * 4
         if second is not None:
             dw2, dgamma2, dbeta2, b2, shift2 = _matrices(
-                sums[mine:], weight2, gamma2, two, second, x, totals2, rows
+                sums[mine:], weight2, gamma2, two, second, x, totals2, rows, fast
             )
             if need[7]:
                 other = (two.wf, x2, b2, shift2)
         dz = s1 = s2 = None
         if need[0] or need[1] or need[2] or need[7]:
-            dz, s1, s2, grads[7] = ops.pointwise_dz(g, one.wf, x, *prologue, b, shift, keep, *other, stride2)
+            dz, s1, s2, grads[7] = ops.pointwise_dz.at(fast)(
+                g, one.wf, x, *prologue, b, shift, keep, *other, stride2
+            )
             dx = dz
             if act and need[0]:
                 totals: Any = (None, None)
                 scale = 0.0
                 if first.batch0:
                     totals, scale = over_group((s1, s2), x, count0, first.group0)
-                dx = batch_norm_backward(
+                dx = batch_norm_backward.at(fast)(
                     dz, x, mean0, var0, gamma0, beta0, first.eps0, False, None, *totals, scale
                 )
             grads[0] = dx
@@ -215,9 +222,13 @@ class _Unmasked(torch.autograd.Function):
         return masked(dout, bits, out), None
 
 
+_unmask = applied(_Unmasked)
+_block_end = applied(_BlockEnd)
+
+
 def unmasked(out: Tensor, bits: Tensor) -> Tensor:
     """The ``given_masked`` result of a block end for whoever knows nothing of that: it masks the gradient."""
-    return _Unmasked.apply(out, bits)
+    return _unmask(out, bits)
 
 
 _Sums = tuple[Tensor, ...] | None
@@ -255,17 +266,18 @@ def _reduced(
 
 
 def _matrices(
-    sums: Tensor, weight: Tensor, gamma: Tensor | None, f: Folded, o: _Options, like: Tensor, totals: _Sums, rows: int
+    sums: Tensor, weight: Tensor, gamma: Tensor | None, f: Folded, o: _Options, like: Tensor, totals: _Sums, rows: int,
+    fast: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """dW, dgamma, dbeta of one branch from its sums, and B and c of its dz (None with running statistics)."""
     dbeta = sums[weight.numel() :]
     if totals is None:
-        dw, dgamma, dvar, adb = ops.weight_gradient(
+        dw, dgamma, dvar, adb = ops.weight_gradient.at(fast)(
             sums, weight, f.wcov, f.anchor, f.mu, f.mean, f.var, gamma, o.eps, o.batch
         )
     else:
         dw, dgamma, dvar, adb = _over_ranks(sums, weight, gamma, f, o, totals, rows)
-    b, shift = ops.correction(weight, dvar, adb, f.mu, like, rows) if o.batch else (None, None)
+    b, shift = ops.correction.at(fast)(weight, dvar, adb, f.mu, like, rows) if o.batch else (None, None)
     return dw, dgamma, dbeta, b, shift
 
 
@@ -314,7 +326,7 @@ def block_end(
         read = second.x if second.read is None else second.read
         two = (read, second.weight, second.gamma, second.beta)
         base2 = None if second.read is None else second.x.detach()
-    return _BlockEnd.apply(
+    return _block_end(
         branch.x, branch.gamma0, branch.beta0, branch.weight, branch.gamma, branch.beta, identity, *two, keep,
         branch.mean0, branch.var0, branch.count0, branch.options, None if second is None else second.options, base2,
         torch.is_grad_enabled(), given_masked, *folded, *((None,) * _FOLDED if folded2 is None else folded2),

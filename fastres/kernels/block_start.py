@@ -32,7 +32,7 @@ from fastres import reference
 from fastres.kernels import _jit as J
 from fastres.kernels._aot import STORAGE, Case, signature
 from fastres.kernels._launch import on
-from fastres.kernels._library import Traffic, register
+from fastres.kernels._library import Traffic, applied, register, unwatched
 from fastres.kernels._merge import merge_stats
 from fastres.kernels._pointwise import product
 from fastres.kernels._sync import over_group
@@ -130,6 +130,11 @@ def dgrad_kernel(
 # ---------------------------------------------------------------------------------------------------- launchers
 
 
+def _stored(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight [N, C, 1, 1] as kernels read it: rows of C values of this type."""
+    return weight if weight.dtype == dtype and weight.is_contiguous() else weight.to(dtype).contiguous()
+
+
 def _conv(
     x: Tensor,
     weight: Tensor,
@@ -143,15 +148,17 @@ def _conv(
     y = torch.empty((b, n, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     t = tile("start", x, n, c)
     parts = -(-rows // t.m)
-    partial = torch.empty(2, parts if stats else 0, n, dtype=torch.float32, device=x.device)
+    pmean, pm2 = (
+        torch.empty(parts if stats else 0, n, dtype=torch.float32, device=x.device) for _ in range(2)
+    )
     with on(x):
         conv_kernel[(parts * -(-n // t.n),)](
-            x, weight.reshape(n, c).to(x.dtype), y, partial[0], partial[1], rows, n, c, STATS=stats, PREC=precision(x),
+            x, _stored(weight, x.dtype), y, pmean, pm2, rows, n, c, STATS=stats, PREC=precision(x),
             BM=t.m, BN=t.n, BK=t.k, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
         if not stats:
-            return y, partial.new_empty(0), partial.new_empty(0)
-        return y, *merge_stats(partial, rows, t.m, running_mean, running_var, momentum)
+            return y, pmean.view(-1), pm2.view(-1)
+        return y, *merge_stats(pmean, pm2, rows, t.m, running_mean, running_var, momentum)
 
 
 def _dgrad(
@@ -171,7 +178,7 @@ def _dgrad(
     t = tile("dgrad", x, n, c)
     with on(x):
         dgrad_kernel[(-(-rows // t.m) * -(-n // t.n),)](
-            dz, y, dy, mean, var, gamma, beta, eps, s1, s2, scale, weight.reshape(c, n).to(x.dtype), did, bits, dx,
+            dz, y, dy, mean, var, gamma, beta, eps, s1, s2, scale, _stored(weight, x.dtype), did, bits, dx,
             rows, n, c, (n + 7) // 8, height * width, width, *small, AFFINE=gamma is not None, BATCH=s1 is not None,
             SUM=did is not None, MASK=bits is not None, STRIDE=stride, PREC=precision(x), BM=t.m, BN=t.n, BK=t.k,
             num_warps=t.warps, num_stages=t.stages,
@@ -233,7 +240,8 @@ class _BlockStart(torch.autograd.Function):
         ctx.save_for_backward(x, low, gamma, beta, y, mean, var, count, bits)
         ctx.dtype = weight.dtype
         ctx.eps, ctx.batch, ctx.group, ctx.stride = eps, batch, group, stride
-        z = batch_norm_act(y, mean, var, gamma, beta, eps, True, batch, count, group)
+        act = batch_norm_act.at(unwatched(y, mean, var, gamma, beta))
+        z = act(y, mean, var, gamma, beta, eps, True, batch, count, group)
         return z, x[:, :, ::stride, ::stride]
 
     @staticmethod
@@ -243,24 +251,30 @@ class _BlockStart(torch.autograd.Function):
         if dz is None:
             dz = torch.zeros_like(y)
         norm = (y, mean, var, gamma, beta, ctx.eps)
+        fast = unwatched(dz, mean, var, gamma, beta)
         sums: Any = (None, None)
         totals: Any = (None, None)
         scale = 0.0
         if ctx.batch or need[3] or need[4]:
-            sums = batch_norm_reduce(dz, *norm, True)
+            sums = batch_norm_reduce.at(fast)(dz, *norm, True)
         if ctx.batch:
             totals, scale = over_group(sums, y, count, ctx.group)
         dx = dw = None
         if need[0]:
-            dx, dy = dgrad(dz, *norm, *totals, scale, low, did, bits, x, ctx.stride)
+            dx, dy = dgrad.at(fast)(dz, *norm, *totals, scale, low, did, bits, x, ctx.stride)
         else:
-            dy = batch_norm_backward(dz, *norm, True, None, *totals, scale)
+            dy = batch_norm_backward.at(fast)(dz, *norm, True, None, *totals, scale)
         if need[1]:
-            flat, _ = p_sums(dy, None, x, None, None, None, None, 0.0, False, None, None, None, 1, None)
+            flat, _ = p_sums.at(fast)(
+                dy, None, x, None, None, None, None, 0.0, False, None, None, None, 1, None
+            )
             dw = flat[: low.numel()].view(low.shape).to(ctx.dtype)
         dgamma = sums[1].to(gamma.dtype) if need[3] else None
         dbeta = sums[0].to(beta.dtype) if need[4] else None
         return dx, dw, None, dgamma, dbeta, *(None,) * 9
+
+
+_block_start = applied(_BlockStart)
 
 
 def block_start(
@@ -284,9 +298,7 @@ def block_start(
     Returns:
         z [B, Cout, H, W] and the view x[:, :, ::stride, ::stride]; to be used in place of x for the identity.
     """
-    return _BlockStart.apply(
-        x, weight, low, gamma, beta, y, mean, var, count, bits, eps, batch, group, stride
-    )
+    return _block_start(x, weight, low, gamma, beta, y, mean, var, count, bits, eps, batch, group, stride)
 
 
 def _cases(which: tuple[int, ...]) -> Iterator[Case]:

@@ -131,7 +131,7 @@ def _statistics(
     partial: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, chunk: int, total: int
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with on(partial):
-        return merge_stats(partial, total, chunk, running_mean, running_var, momentum)
+        return merge_stats(*partial.unbind(0), total, chunk, running_mean, running_var, momentum)
 
 
 def _dgrad(

@@ -31,6 +31,7 @@ Every reduction is two-stage in a fixed order. The kernels are in ``_pointwise``
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ from fastres import reference
 from fastres.kernels import _pointwise as fwd
 from fastres.kernels import _pointwise_backward as bwd
 from fastres.kernels import _tuned
-from fastres.kernels._launch import channels_last, on
+from fastres.kernels._launch import SHAPES, channels_last, on
 from fastres.kernels._library import Traffic, register
 from fastres.kernels._merge import merge_sums
 
@@ -84,7 +85,9 @@ def tile(kernel: str, x: Tensor, columns: int, *others: int) -> Gemm:
 
     The tuning table chooses among the tested ones; without it the first, or the second for more than 64 columns.
     """
-    odd = any(size % 16 for size in (columns, *others))
+    odd = columns % 16 != 0
+    for size in others:
+        odd = odd or size % 16 != 0
     default = GEMM[kernel][x.element_size() == 2][2 if odd else int(columns > 64)]
     return _tuned.product(kernel, x, columns, others[0], odd, default)
 
@@ -94,6 +97,7 @@ def precision(x: Tensor) -> str:
     return "tf32" if x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.allow_tf32 else "ieee"
 
 
+@functools.lru_cache(SHAPES)
 def split(rows: int, step: int, tiles: int) -> tuple[int, int]:
     """Parts and rows a part of a reduction over ``rows`` in steps, so that parts x tiles programs fill the device."""
     steps = -(-rows // step)
@@ -153,8 +157,7 @@ def _moments(
     parts, chunk = split(rows, t.k, tiles)
     width = tiles * t.n**2 + c
     partial = torch.empty(1, parts, width, dtype=torch.float32, device=x.device)
-    mu, anchor = torch.empty(2, c, dtype=torch.float32, device=x.device).unbind(0)
-    cov = torch.empty(c, c, dtype=torch.float32, device=x.device)
+    mu, anchor, cov = partial.new_empty(c), partial.new_empty(c), partial.new_empty(c, c)
     prec = "tf32x3" if precision(x) == "tf32" else "ieee"  # S is squared into var: keep fp32's digits
     with on(x):
         fwd.gram_kernel[(parts, across, across)](
@@ -176,8 +179,9 @@ def _fold(
     n, c = weight.shape[:2]
     batch = mu is not None
     wf = torch.empty(n, c, dtype=like.dtype, device=weight.device)
-    bias, new_mean, new_var = torch.empty(3, n, dtype=torch.float32, device=weight.device).unbind(0)
-    wcov = torch.empty((n, c) if batch else (0, 0), dtype=torch.float32, device=weight.device)
+    bias = torch.empty(n, dtype=torch.float32, device=weight.device)
+    new_mean, new_var = bias.new_empty(n), bias.new_empty(n)
+    wcov = bias.new_empty((n, c) if batch else (0, 0))
     with on(weight):
         fwd.fold_kernel[(-(-n // FOLD.m),)](
             weight, mu, cov, gamma, beta, eps, running_mean, running_var, momentum, count / max(count - 1, 1),
@@ -249,7 +253,7 @@ def _weight_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     n, c = weight.shape[:2]
     dw = torch.empty_like(weight)
-    dgamma, dvar, adb = torch.empty(3, n, dtype=torch.float32, device=weight.device).unbind(0)
+    dgamma, dvar, adb = sums.new_empty(n), sums.new_empty(n), sums.new_empty(n)
     with on(weight):
         bwd.weight_kernel[(-(-n // FOLD.m),)](
             sums, weight, wcov, anchor, mu, mean, var, gamma, eps, dw, dgamma, dvar, adb, n, c,
@@ -285,9 +289,10 @@ def _dz(
     t = tile("dz", x, c, n, c2)
     parts = -(-rows // t.m)
     partial = torch.empty((2, parts, c) if act else (2, 0, 0), dtype=torch.float32, device=x.device)
+    p1, p2 = partial.unbind(0)
     with on(x):
         bwd.dz_kernel[(parts * (-(-c // t.n) + -(-c2 // t.n)),)](
-            g, wf, x, mean, var, gamma, beta, eps, b, shift, keep, dx, partial[0], partial[1], wf2, x2, b2, shift2,
+            g, wf, x, mean, var, gamma, beta, eps, b, shift, keep, dx, p1, p2, wf2, x2, b2, shift2,
             dx2, rows, n, c, c2, *shape, ACT=act, AFFINE=gamma is not None, BATCH=b is not None,
             KEEP=keep is not None, PAIR=x2 is not None, BATCH2=b2 is not None, STRIDE2=stride2, PREC=precision(x),
             BM=t.m, BC=t.n, BK=t.k, num_warps=t.warps, num_stages=t.stages,
