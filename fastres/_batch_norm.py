@@ -28,6 +28,7 @@ __all__ = [
     "check_bn",
     "check_norm",
     "count_batch",
+    "counter",
     "merge_ranks",
     "noted_batch_norm",
     "recomputing",
@@ -91,12 +92,22 @@ def tracking(bn: BatchNorm) -> tuple[BatchNorm, float]:
     return bn, momentum
 
 
-def count_batch(bn: BatchNorm, tracked: BatchNorm) -> None:
-    """Count the batch of a norm of which ``tracking`` made ``tracked``; after its statistics, for they may raise.
+def counter(tracked: BatchNorm) -> Tensor | None:
+    """What an operator that updates running statistics is to count the batch in, of a norm that ``tracking`` made."""
+    if not tracked.training or tracked.running_mean is None or tracked.skip_nonfinite:
+        return None
+    return tracked.num_batches_tracked
+
+
+def count_batch(bn: BatchNorm, tracked: BatchNorm, counted: bool = False) -> None:
+    """Count the batch of a norm of which ``tracking`` made ``tracked``, unless it is ``counted`` (:func:`counter`);
+    after its statistics, for they may raise.
 
     With ``skip_nonfinite`` the updated copies become the running statistics here if every one of them is finite. All
     of it happens on the device: nothing waits for it.
     """
+    if counted and not bn.skip_nonfinite:
+        return
     if not bn.training or tracked.running_mean is None or tracked.running_var is None:
         return
     seen: Tensor | int = 1
@@ -119,12 +130,13 @@ class Moments(NamedTuple):
 
 
 def _statistics(
-    y: Tensor, partial: conv_ops.Partial | None, mean: Tensor | None, var: Tensor | None, momentum: float
-) -> tuple[Tensor, Tensor]:
+    y: Tensor, partial: conv_ops.Partial | None, mean: Tensor | None, var: Tensor | None, momentum: float,
+    batches: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Mean and variance of y, from a pass over it or from what its convolution made; updates the running ones."""
     if partial is None:
-        return bn_ops.batch_norm_stats(y.detach(), mean, var, momentum)
-    return conv_ops.statistics(partial.values, mean, var, momentum, partial.chunk, partial.total)
+        return bn_ops.batch_norm_stats(y.detach(), mean, var, momentum, batches)
+    return conv_ops.statistics(partial.values, mean, var, momentum, partial.chunk, partial.total, batches)
 
 
 def statistics_of(y: Tensor, bn: BatchNorm, partial: conv_ops.Partial | None = None) -> Moments:
@@ -133,10 +145,10 @@ def statistics_of(y: Tensor, bn: BatchNorm, partial: conv_ops.Partial | None = N
         assert bn.running_mean is not None and bn.running_var is not None
         return Moments(bn.running_mean, bn.running_var, None, None)
     tracked, momentum = tracking(bn)
-    running_mean, running_var = tracked.running_mean, tracked.running_var
     if bn.group is None:
-        mean, var = _statistics(y, partial, running_mean, running_var, momentum)
-        count_batch(bn, tracked)
+        running = tracked.running_mean, tracked.running_var, momentum, counter(tracked)
+        mean, var = _statistics(y, partial, *running)
+        count_batch(bn, tracked, counted=True)
         return Moments(mean, var, None, None)
     mean, var = _statistics(y, partial, None, None, 0.0)
     return merge_ranks(mean, var, y, bn, tracked, momentum)

@@ -16,6 +16,7 @@ from fastres._batch_norm import (
     check_bn,
     check_norm,
     count_batch,
+    counter,
     merge_ranks,
     statistics_of,
     tracking,
@@ -183,9 +184,9 @@ def _start(branch: Pending, identity: Tensor | Pending | Linked) -> Tensor | Non
     bn = root.once()
     tracked, momentum = tracking(bn)
     grouped = bn.training and bn.group is not None
-    running: tuple[Tensor | None, Tensor | None, float] = (None, None, 0.0)
+    running: tuple[Tensor | None, Tensor | None, float, Tensor | None] = (None, None, 0.0, None)
     if bn.training and not grouped:
-        running = tracked.running_mean, tracked.running_var, momentum
+        running = tracked.running_mean, tracked.running_var, momentum, counter(tracked)
     low = low_weight(conv.weight, x)
     y, mean, var = start_conv(x.detach(), low, bn.training, *running)
     if not bn.training:
@@ -194,7 +195,7 @@ def _start(branch: Pending, identity: Tensor | Pending | Linked) -> Tensor | Non
         s = merge_ranks(mean, var, y, bn, tracked, momentum)
     else:
         s = Moments(mean, var, None, None)
-        count_batch(bn, tracked)
+        count_batch(bn, tracked, counted=True)
     root._moments, root._raw = s, y
     root._z, read = block_start(
         x, conv.weight, low, bn.weight, bn.bias, y, s.mean, s.var, s.values, bits,
@@ -234,8 +235,10 @@ def _branch(p: Pending, x: Tensor, read: Tensor | None = None) -> moment_form.Br
 
 def _fold(b: moment_form.Branch, bn: BatchNorm) -> moment_form.Folded:
     tracked, momentum = tracking(bn)
-    folded = moment_form.fold_branch(b, tracked.running_mean, tracked.running_var, momentum)
-    count_batch(bn, tracked)
+    merged = b.group is not None
+    batches = None if merged else counter(tracked)
+    folded = moment_form.fold_branch(b, tracked.running_mean, tracked.running_var, momentum, batches)
+    count_batch(bn, tracked, counted=not merged)
     return folded
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastres._batch_norm import recomputing
 from fastres._routing import fuses, transformed
+from fastres.kernels._library import applied
 
 __all__ = ["cast_weight", "low_weight", "weight_casts"]
 
@@ -45,6 +46,9 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dlow: Tensor) -> tuple[Tensor, None]:
         return dlow.to(ctx.dtype), None
+
+
+_cast = applied(_Cast)
 
 
 @contextmanager
@@ -104,4 +108,4 @@ def cast_weight(weight: Tensor, device: torch.device) -> Tensor | None:
     low = None
     if _now.made is not None and torch.is_autocast_enabled(device.type):
         low = _made(weight, device, torch.get_autocast_dtype(device.type))
-    return None if low is None else _Cast.apply(weight, low)
+    return None if low is None else _cast(weight, low)

@@ -44,10 +44,10 @@ def winograd(mode: str) -> Iterator[None]:
 
 def obstacle(x: Tensor) -> str:
     """Why the form cannot take this activation; empty where it can."""
+    if INTERPRET or x.device.type != "cpu" or _routing._Setting.assumed or _routing.get_backend() != "auto":
+        return "not the CPU under backend 'auto'"
     if _routing.transformed():
         return "inside a transform of torch.func"
-    if x.device.type != "cpu" or _routing._Setting.assumed or INTERPRET or _routing.get_backend() != "auto":
-        return "not the CPU under backend 'auto'"
     if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
         return "neither float32 nor float64, or under autocast"
     if not torch.is_grad_enabled():

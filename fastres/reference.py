@@ -67,9 +67,12 @@ def relu(v: Tensor) -> Tensor:
 
 
 def batch_norm_stats(
-    y: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [C] of y over N, H, W; updates the running statistics in place where given."""
+    y: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, batches: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Mean and biased variance [C] of y over N, H, W; updates the running statistics, and counts the batch in the
+    scalar ``batches``, in place where given."""
+    if batches is not None:
+        batches.add_(1)
     y = wide(y)
     total = y.numel() // max(y.shape[1], 1)
     if total == 0:
@@ -314,12 +317,14 @@ def pointwise_moments(
 def pointwise_fold(
     weight: Tensor, like: Tensor, mu: Tensor | None, cov: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
     eps: float, mean: Tensor | None, var: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-    momentum: float, count: int,
+    momentum: float, count: int, batches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Wf [N, C] in the dtype of ``like``, bias, mean and var of y [N], and W S (empty without moments)."""
     w = wide(weight.reshape(weight.shape[0], -1)).to(wide(like).dtype)
     if mu is not None and cov is not None:
         wcov = w @ cov
+        if batches is not None:
+            batches.add_(1)
         mean, var = w @ mu, (wcov * w).sum(1).clamp(min=0)
         if running_mean is not None and running_var is not None:
             running_mean.copy_(running_mean.to(w.dtype).lerp(mean, momentum))
@@ -400,36 +405,40 @@ def pointwise_weight(
 
 
 def pointwise_correction(
-    weight: Tensor, dvar: Tensor, adb: Tensor, mu: Tensor, like: Tensor, count: int
+    weight: Tensor, dvar: Tensor, adb: Tensor, like: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """B = 2 / M W^T diag(dvar) W, rounded to the dtype of ``like``, and c = -mu B - (a dbeta) W / M."""
+    """B = 2 / M W^T diag(dvar) W, rounded to the dtype of ``like``, and c = -(a dbeta) W / M."""
     w = weight.reshape(weight.shape[0], -1).to(dvar.dtype)
     b = (w.t() @ (dvar.unsqueeze(1) * w) * (2.0 / count)).to(like.dtype)
-    return b, -(mu @ b.to(mu.dtype)) - (adb @ w) / count
+    return b, -(adb @ w) / count
 
 
 def _dz(
-    g: Tensor, wf: Tensor, z: Tensor, b: Tensor | None, shift: Tensor | None, keep: Tensor | None
-) -> Tensor:
-    """keep g Wf + z B + c, rows by rows."""
+    g: Tensor, wf: Tensor, z: Tensor, b: Tensor | None, shift: Tensor | None, mu: Tensor | None,
+    keep: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """keep g Wf + (z - mu) B + c, rows by rows; z - mu rounded to the storage type."""
     dz = _samples(wide(g).permute(0, 2, 3, 1).reshape(z.shape[0], -1), keep) @ wf.to(z.dtype)
-    return dz if b is None or shift is None else dz + z @ b.to(z.dtype) + shift
+    if b is None or shift is None or mu is None:
+        return dz
+    return dz + (z - mu).to(g.dtype).to(z.dtype) @ b.to(z.dtype) + shift
 
 
 def pointwise_dz(
     g: Tensor, wf: Tensor, x: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None,
-    beta: Tensor | None, eps: float, act: bool, b: Tensor | None, shift: Tensor | None, keep: Tensor | None,
-    wf2: Tensor | None, x2: Tensor | None, b2: Tensor | None, shift2: Tensor | None, stride2: int,
+    beta: Tensor | None, eps: float, act: bool, b: Tensor | None, shift: Tensor | None, mu: Tensor | None,
+    keep: Tensor | None, wf2: Tensor | None, x2: Tensor | None, b2: Tensor | None, shift2: Tensor | None,
+    mu2: Tensor | None, stride2: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dz = keep g Wf + z B + c; with ``act`` masked by z > 0, and then sum dz and sum dz xhat; with ``x2`` also
-    g Wf2 + x2 B2 + c2 at the pixels of x2 that were read."""
+    """dz = keep g Wf + (z - mu) B + c; with ``act`` masked by z > 0, and then sum dz and sum dz xhat; with ``x2`` also
+    g Wf2 + (x2 - mu2) B2 + c2 at the pixels of x2 that were read."""
     z = _operand(x, mean, var, gamma, beta, eps, act, 1)
     n, c, h, w = x.shape
-    dz = _dz(g, wf, z, b, shift, keep).view(n, h, w, c).permute(0, 3, 1, 2)
+    dz = _dz(g, wf, z, b, shift, mu, keep).view(n, h, w, c).permute(0, 3, 1, 2)
     dx2 = x.new_empty(0)
     if x2 is not None and wf2 is not None:
         z2 = _operand(x2, None, None, None, None, 0.0, False, stride2)
-        dz2 = _dz(g, wf2, z2, b2, shift2, None).view(n, h, w, x2.shape[1]).permute(0, 3, 1, 2)
+        dz2 = _dz(g, wf2, z2, b2, shift2, mu2, None).view(n, h, w, x2.shape[1]).permute(0, 3, 1, 2)
         dx2 = dz2.to(x.dtype).contiguous(memory_format=torch.channels_last)
     dx = torch.empty(dz.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if not act or mean is None or var is None:
@@ -446,12 +455,13 @@ def block_start_conv(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     momentum: float,
+    batches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = conv(x), and with ``stats`` mean and var of y (else empty), updating the running statistics."""
+    """y = conv(x), and with ``stats`` mean and var of y (else empty), updating the running ones and their count."""
     y = torch.nn.functional.conv2d(x, weight.to(x.dtype)).contiguous(memory_format=torch.channels_last)
     if not stats:
         return y, wide(y).new_empty(0), wide(y).new_empty(0)
-    return y, *batch_norm_stats(y, running_mean, running_var, momentum)
+    return y, *batch_norm_stats(y, running_mean, running_var, momentum, batches)
 
 
 def block_start_dgrad(

@@ -53,9 +53,12 @@ def conv3x3_forward(
 
 
 def conv3x3_statistics(
-    partial: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, chunk: int, total: int
+    partial: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, chunk: int, total: int,
+    batches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Mean and biased variance [N] from the chunks; updates the running statistics in place where given."""
+    """Mean and biased variance [N] from the chunks; updates the running statistics and their count where given."""
+    if batches is not None:
+        batches.add_(1)
     means, m2 = partial.unbind(0)
     first = torch.arange(means.shape[0], device=partial.device) * chunk
     count = (total - first).clamp(max=chunk).to(partial.dtype).unsqueeze(1)

@@ -17,6 +17,7 @@ __all__ = [
     "fail",
 ]
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -46,6 +47,8 @@ def check_activation(op: str, argument: str, x: Any) -> None:
 def check_vector(op: str, argument: str, v: Any, channels: int, device: torch.device) -> None:
     """A per-channel vector, or None."""
     if v is None:
+        return
+    if type(v) in _PLAIN and v.shape == (channels,) and v.device == device and v.dtype.is_floating_point:
         return
     if not isinstance(v, Tensor):
         raise fail(TypeError, op, argument, v, f"a tensor of {channels} values or None")

@@ -77,10 +77,10 @@ def group_stats_kernel(
 
 @triton.jit
 def merge_stats_kernel(
-    pmean_ptr, pm2_ptr, mean_ptr, var_ptr, rmean_ptr, rvar_ptr, PARTS, C, TOTAL, PER_CHUNK, unbias, momentum,
-    RUNNING: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
+    pmean_ptr, pm2_ptr, mean_ptr, var_ptr, rmean_ptr, rvar_ptr, batches_ptr, PARTS, C, TOTAL, PER_CHUNK, unbias,
+    momentum, RUNNING: tl.constexpr, COUNT: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr,
 ):  # fmt: skip
-    """Merge the chunks of B1 channels into mean and biased variance; update the running statistics."""
+    """Merge the chunks of B1 channels into mean and biased variance; update the running statistics and their count."""
     ch = tl.program_id(0) * B1 + tl.arange(0, B1)
     ch_ok = ch < C
     start = tl.program_id(1)  # 0: there is one program along this axis
@@ -89,6 +89,9 @@ def merge_stats_kernel(
     var = m2 / values
     tl.store(mean_ptr + ch[None, :], mean, mask=ch_ok[None, :])
     tl.store(var_ptr + ch[None, :], var, mask=ch_ok[None, :])
+    if COUNT:
+        if tl.program_id(0) == 0:
+            tl.store(batches_ptr, tl.load(batches_ptr) + 1)
     if RUNNING:
         old = tl.load(rmean_ptr + ch[None, :], mask=ch_ok[None, :]).to(tl.float32)
         new = (1 - momentum) * old + momentum * mean  # exact for a momentum of one
@@ -132,7 +135,7 @@ def merge_sums(partial: Tensor) -> tuple[Tensor, ...]:
         partial, parts = out, rows
     sums = partial.new_empty(k, c)
     _sum_rows(partial, sums, k, 1, parts, c, parts)
-    return sums.unbind(0)
+    return (sums.view(c),) if k == 1 else sums.unbind(0)
 
 
 def _sum_rows(partial: Tensor, out: Tensor, k: int, rows: int, parts: int, c: int, group: int) -> None:
@@ -143,10 +146,11 @@ def _sum_rows(partial: Tensor, out: Tensor, k: int, rows: int, parts: int, c: in
 
 def merge_stats(
     pmean: Tensor, pm2: Tensor, total: int, per_chunk: int, running_mean: Tensor | None, running_var: Tensor | None,
-    momentum: float,
+    momentum: float, batches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Second stage of the statistics: means and M2, [parts, C] each, of chunks of ``per_chunk`` values (the last one
-    what is left of ``total``) to mean and variance [C]; updates the running statistics, where given."""
+    what is left of ``total``) to mean and variance [C]; updates the running statistics, and
+    counts the batch in the scalar ``batches``, where given."""
     parts, c = pmean.shape
     if parts > _MANY:
         rows = -(-parts // _GROUP)
@@ -158,9 +162,9 @@ def merge_stats(
         pmean, pm2, parts, per_chunk = means, m2, rows, per_chunk * _GROUP
     mean, var = pmean.new_empty(c), pmean.new_empty(c)
     merge_stats_kernel[(-(-c // MERGE.b1), 1)](
-        pmean, pm2, mean, var, running_mean, running_var, parts, c, total, per_chunk,
+        pmean, pm2, mean, var, running_mean, running_var, batches, parts, c, total, per_chunk,
         total / max(total - 1, 1), momentum,
-        RUNNING=running_mean is not None, B0=MERGE.b0, B1=MERGE.b1, num_warps=MERGE.warps,
+        RUNNING=running_mean is not None, COUNT=batches is not None, B0=MERGE.b0, B1=MERGE.b1, num_warps=MERGE.warps,
     )  # fmt: skip
     return mean, var
 
@@ -169,10 +173,11 @@ def aot_cases() -> Iterator[Case]:
     """Every launch that can be chosen."""
     merge = dict(B0=MERGE.b0, B1=MERGE.b1)
     for kernel, flags in (
-        (merge_stats_kernel, dict(merge, RUNNING=True)),
+        (merge_stats_kernel, dict(merge, RUNNING=True, COUNT=True)),
         (group_stats_kernel, merge),
         (merge_sums_kernel, merge),
     ):
         yield Case(
-            kernel.__name__, kernel, signature(kernel, "fp32"), flags, dict(num_warps=MERGE.warps), ["C"]
+            kernel.__name__, kernel, signature(kernel, "fp32", {"batches_ptr": "*i64"}), flags,
+            dict(num_warps=MERGE.warps), ["C"],
         )  # fmt: skip

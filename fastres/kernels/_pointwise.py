@@ -112,29 +112,43 @@ def gram_kernel(
 
 
 @triton.jit
-def cov_kernel(sum_ptr, anchor_ptr, mu_ptr, cov_ptr, C, inv_m, GC: tl.constexpr, BC: tl.constexpr):
-    """mu = s + t / M and tile (i, j) of cov = G / M - (t / M)(t / M)^T, from the merged sums of tiles of GC."""
-    i, j = tl.program_id(0), tl.program_id(1)
-    ci, cj = i * BC + tl.arange(0, BC), j * BC + tl.arange(0, BC)
-    oki, okj = ci < C, cj < C
-    ok = oki[:, None] & okj[None, :]
-    a, b = tl.minimum(ci[:, None], cj[None, :]), tl.maximum(ci[:, None], cj[None, :])
-    across = tl.cdiv(C, GC)
-    at = upper(a // GC, b // GC, C, GC) * (GC * GC) + (a % GC) * GC + b % GC
-    t_ptr = sum_ptr + (across * (across + 1) // 2) * (GC * GC)
-    ti = tl.load(t_ptr + ci, mask=oki, other=0.0) * inv_m
-    tj = tl.load(t_ptr + cj, mask=okj, other=0.0) * inv_m
-    if i == j:
-        tl.store(mu_ptr + ci, tl.load(anchor_ptr + ci, mask=oki, other=0.0) + ti, mask=oki)
-    cov = tl.load(sum_ptr + at, mask=ok, other=0.0) * inv_m - ti[:, None] * tj[None, :]
-    tl.store(cov_ptr + ci[:, None] * C + cj[None, :], cov, mask=ok)
+def cov_kernel(
+    part_ptr, anchor_ptr, mu_ptr, cov_ptr, PARTS, C, WIDTH, inv_m,
+    GC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Merge the PARTS rows of ``gram_kernel``'s workspace of tiles of GC, and make of the sums mu = s + t / M and
+    cov = G / M - (t / M)(t / M)^T: program (a, j) row and column a from column j BC on, of what is right of column a.
+    """
+    a, j = tl.program_id(0), tl.program_id(1)
+    if (j + 1) * BC <= a:
+        return
+    b = j * BC + tl.arange(0, BC)
+    ok = b < C
+    at = upper(a // GC, (j * BC) // GC, C, GC) * (GC * GC) + (a % GC) * GC + b % GC
+    g = tl.zeros((BP, BC), tl.float32)
+    tb = tl.zeros((BP, BC), tl.float32)
+    ta = tl.zeros((BP,), tl.float32)
+    for p0 in range(0, PARTS, BP):
+        p = p0 + tl.arange(0, BP)
+        row = part_ptr + p.to(tl.int64) * WIDTH
+        live = (p < PARTS)[:, None] & ok[None, :]
+        g += tl.load(row[:, None] + at[None, :], mask=live & (b >= a)[None, :], other=0.0)
+        tb += tl.load(row[:, None] + (WIDTH - C + b)[None, :], mask=live, other=0.0)
+        ta += tl.load(row + WIDTH - C + a, mask=p < PARTS, other=0.0)
+    mean = tl.sum(tb, 0) * inv_m
+    if a == 0:
+        tl.store(mu_ptr + b, tl.load(anchor_ptr + b, mask=ok, other=0.0) + mean, mask=ok)
+    cov = tl.sum(g, 0) * inv_m - mean * (tl.sum(ta, 0) * inv_m)
+    tl.store(cov_ptr + a * C + b, cov, mask=ok & (b >= a))
+    tl.store(cov_ptr + b * C + a, cov, mask=ok & (b > a))
 
 
 @triton.jit
 def fold_kernel(
-    w_ptr, mu_ptr, cov_ptr, gamma_ptr, beta_ptr, eps, rmean_ptr, rvar_ptr, momentum, unbias,
+    w_ptr, mu_ptr, cov_ptr, gamma_ptr, beta_ptr, eps, rmean_ptr, rvar_ptr, batches_ptr, momentum, unbias,
     wf_ptr, bias_ptr, mean_ptr, var_ptr, wcov_ptr, N, C,
-    AFFINE: tl.constexpr, BATCH: tl.constexpr, RUNNING: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    AFFINE: tl.constexpr, BATCH: tl.constexpr, RUNNING: tl.constexpr, COUNT: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """BN rows of the weight: mean = W mu, var = diag(W S W^T), Wf = a W rounded, bias = beta - Wf mu, W S.
 
@@ -167,6 +181,9 @@ def fold_kernel(
         var = tl.where(var < 0, 0.0, var)
         tl.store(mean_ptr + n, mean, mask=okn)
         tl.store(var_ptr + n, var, mask=okn)
+        if COUNT:
+            if tl.program_id(0) == 0:
+                tl.store(batches_ptr, tl.load(batches_ptr) + 1)
         if RUNNING:
             old = tl.load(rmean_ptr + n, mask=okn, other=0.0).to(tl.float32)
             new = (1 - momentum) * old + momentum * mean  # exact for a momentum of one

@@ -6,7 +6,7 @@ from fastres.kernels import _jit as J
 from fastres.kernels._pointwise import source_rows, z_tile
 from fastres.kernels._triton import tl, triton
 
-__all__ = ["correction_kernel", "dz_kernel", "p_kernel", "shift_kernel", "weight_kernel"]
+__all__ = ["correction_kernel", "dz_kernel", "p_kernel", "weight_kernel"]
 
 
 @triton.jit
@@ -125,11 +125,14 @@ def weight_kernel(
 
 
 @triton.jit
-def correction_kernel(w_ptr, dvar_ptr, b_ptr, N, C, scale, BN: tl.constexpr, BC: tl.constexpr):
-    """Tile (i, j) of B = scale W^T diag(dvar) W with scale = 2 / M, rounded to the storage type."""
+def correction_kernel(
+    w_ptr, dvar_ptr, adb_ptr, b_ptr, c_ptr, N, C, inv_m, BN: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """Tile (i, j) of B = 2 / M W^T diag(dvar) W, rounded to the storage type, and (i == 0) of c = -(a dbeta) W / M."""
     i = tl.program_id(0) * BC + tl.arange(0, BC)
     j = tl.program_id(1) * BC + tl.arange(0, BC)
     acc = tl.zeros((BC, BC), tl.float32)
+    shift = tl.zeros((BN, BC), tl.float32)
     for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
         ok_n = (n < N)[:, None]
@@ -140,40 +143,22 @@ def correction_kernel(w_ptr, dvar_ptr, b_ptr, N, C, scale, BN: tl.constexpr, BC:
             tl.float32
         )
         dvar = tl.load(dvar_ptr + n, mask=n < N, other=0.0)[:, None]
+        shift -= wj * tl.load(adb_ptr + n, mask=n < N, other=0.0)[:, None]
         acc = J.dot(tl.trans(wi), wj * dvar, acc, "tf32x3")
-    b = J.round_to(acc * scale, b_ptr.dtype.element_ty)
+    b = J.round_to(acc * (2.0 * inv_m), b_ptr.dtype.element_ty)
     tl.store(b_ptr + i[:, None] * C + j[None, :], b, mask=(i < C)[:, None] & (j < C)[None, :])
-
-
-@triton.jit
-def shift_kernel(w_ptr, adb_ptr, mu_ptr, b_ptr, c_ptr, N, C, inv_m, BN: tl.constexpr, BC: tl.constexpr):
-    """c = -mu B - (a dbeta) W / M, with B as rounded, so that rounding B moves no mean."""
-    j = tl.program_id(0) * BC + tl.arange(0, BC)
-    ok_j = (j < C)[None, :]
-    c = tl.zeros((BN, BC), tl.float32)
-    for i0 in range(0, C, BN):
-        i = i0 + tl.arange(0, BN)
-        b = tl.load(b_ptr + i[:, None] * C + j[None, :], mask=(i < C)[:, None] & ok_j, other=0.0).to(
-            tl.float32
-        )
-        c -= b * tl.load(mu_ptr + i, mask=i < C, other=0.0)[:, None]
-    for n0 in range(0, N, BN):
-        n = n0 + tl.arange(0, BN)
-        w = tl.load(w_ptr + n[:, None] * C + j[None, :], mask=(n < N)[:, None] & ok_j, other=0.0).to(
-            tl.float32
-        )
-        c -= w * (tl.load(adb_ptr + n, mask=n < N, other=0.0) * inv_m)[:, None]
-    tl.store(c_ptr + j, tl.sum(c, 0), mask=j < C)
+    if tl.program_id(0) == 0:
+        tl.store(c_ptr + j, tl.sum(shift, 0) * inv_m, mask=j < C)
 
 
 @triton.jit
 def dz_product(
-    g_ptr, wf_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, b_ptr, c_ptr, keep_ptr, rows, live, source,
-    c, ok_c, N, C, HW,
+    g_ptr, wf_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, b_ptr, c_ptr, mu_ptr, keep_ptr, rows, live,
+    source, c, ok_c, N, C, HW,
     ACT: tl.constexpr, AFFINE: tl.constexpr, BATCH: tl.constexpr, KEEP: tl.constexpr, PREC: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BC] of dz = keep g Wf + z B + c."""
+    """[BM, BC] of dz = keep g Wf + (z - mu) B + c."""
     acc = tl.zeros((BM, BC), tl.float32)
     for k0 in range(0, N, BK):
         k = k0 + tl.arange(0, BK)
@@ -187,6 +172,8 @@ def dz_product(
             k = k0 + tl.arange(0, BK)
             z = z_tile(x_ptr, source + k[None, :], live & (k < C)[None, :], k, k < C, mean_ptr, var_ptr, gamma_ptr,
                        beta_ptr, eps, ACT, AFFINE)  # fmt: skip
+            mu = tl.load(mu_ptr + k, mask=k < C, other=0.0)[None, :]
+            z = J.round_to(z.to(tl.float32) - mu, x_ptr.dtype.element_ty)
             b = tl.load(b_ptr + k[:, None] * C + c[None, :], mask=(k < C)[:, None] & ok_c[None, :], other=0.0)
             acc = J.dot(z, b, acc, PREC)
         acc += tl.load(c_ptr + c, mask=ok_c, other=0.0)[None, :]
@@ -195,8 +182,8 @@ def dz_product(
 
 @triton.jit
 def dz_kernel(
-    g_ptr, wf_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, b_ptr, c_ptr, keep_ptr, dx_ptr, p1_ptr, p2_ptr,
-    wf2_ptr, x2_ptr, b2_ptr, c2_ptr, dx2_ptr, M, N, C, C2, HW, OW, H2, W2,
+    g_ptr, wf_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, b_ptr, c_ptr, mu_ptr, keep_ptr, dx_ptr,
+    p1_ptr, p2_ptr, wf2_ptr, x2_ptr, b2_ptr, c2_ptr, mu2_ptr, dx2_ptr, M, N, C, C2, HW, OW, H2, W2,
     ACT: tl.constexpr, AFFINE: tl.constexpr, BATCH: tl.constexpr, KEEP: tl.constexpr, PAIR: tl.constexpr,
     BATCH2: tl.constexpr, STRIDE2: tl.constexpr, PREC: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
@@ -216,15 +203,15 @@ def dz_kernel(
             c = (j - across) * BC + tl.arange(0, BC)
             source = source_rows(rows, HW, OW, H2, W2, STRIDE2)[:, None] * C2
             acc = dz_product(g_ptr, wf2_ptr, x2_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, b2_ptr, c2_ptr,
-                             keep_ptr, rows[:, None], live, source, c, c < C2, N, C2, HW,
+                             mu2_ptr, keep_ptr, rows[:, None], live, source, c, c < C2, N, C2, HW,
                              False, AFFINE, BATCH2, False, PREC, BM, BC, BK)  # fmt: skip
             dz2 = J.round_to(acc, dx2_ptr.dtype.element_ty)
             tl.store(dx2_ptr + wide * C2 + c[None, :], dz2, mask=live & (c < C2)[None, :])
             return
     c = j * BC + tl.arange(0, BC)
     ok_c = c < C
-    acc = dz_product(g_ptr, wf_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, b_ptr, c_ptr, keep_ptr,
-                     rows[:, None], live, wide * C, c, ok_c, N, C, HW,
+    acc = dz_product(g_ptr, wf_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, b_ptr, c_ptr, mu_ptr,
+                     keep_ptr, rows[:, None], live, wide * C, c, ok_c, N, C, HW,
                      ACT, AFFINE, BATCH, KEEP, PREC, BM, BC, BK)  # fmt: skip
     ok = live & ok_c[None, :]
     if ACT:

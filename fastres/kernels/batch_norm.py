@@ -148,22 +148,29 @@ def reduction_arguments(m: Matrix, plan: Cut) -> tuple[int, int, int, int]:
 
 
 def _stats(
-    y: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+    y: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    batches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     m = matrix(y)
     total = m.n * m.hw
     if total == 0 or m.c == 0:
+        if batches is not None:
+            batches.add_(1)
         mean, var = torch.zeros(2, m.c, dtype=torch.float32, device=y.device).unbind(0)
         return mean, var
     plan = cut(m)
     tile = plan.tile
-    pmean, pm2 = (torch.empty(plan.parts, m.c, dtype=torch.float32, device=y.device) for _ in range(2))
+    pmean = torch.empty(plan.parts, m.c, dtype=torch.float32, device=y.device)
+    pm2 = torch.empty_like(pmean)
     with on(y):
         stats_kernel[(plan.parts, plan.groups)](
             y, pmean, pm2, *reduction_arguments(m, plan),
             NHWC=m.nhwc, B0=tile.b0, B1=tile.b1, num_warps=tile.warps,
         )  # fmt: skip
-        return merge_stats(pmean, pm2, total, plan.per_chunk, running_mean, running_var, momentum)
+        return merge_stats(pmean, pm2, total, plan.per_chunk, running_mean, running_var, momentum, batches)
 
 
 def _act(
@@ -235,7 +242,8 @@ def _pair(y: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 batch_norm_stats = register(
-    "batch_norm_stats(Tensor y, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum) -> (Tensor, Tensor)",
+    "batch_norm_stats(Tensor y, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum,"
+    " Tensor(c!)? batches=None) -> (Tensor, Tensor)",
     reference=reference.batch_norm_stats,
     triton=_stats,
     fake=_pair,

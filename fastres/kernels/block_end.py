@@ -92,10 +92,11 @@ class _Options(NamedTuple):
 
 
 def fold_branch(
-    b: Branch, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+    b: Branch, running_mean: Tensor | None, running_var: Tensor | None, momentum: float,
+    batches: Tensor | None = None,
 ) -> Folded:  # fmt: skip
-    """Fold the norm into the weight: from the moments of this batch (updating the running statistics, where given), or
-    from the running statistics."""
+    """Fold the norm into the weight: from the moments of this batch (updating the running statistics, where given, and
+    without a group counting the batch in ``batches``), or from the running statistics."""
     norm = (b.gamma, b.beta, b.eps)
     with torch.no_grad():
         if not b.batch:
@@ -107,8 +108,9 @@ def fold_branch(
         mu, cov, anchor = ops.moments(b.x, *b.prologue, b.stride)
         if b.group is None:
             wf, bias, mean, var, wcov = ops.fold(
-                b.weight, b.x, mu, cov, *norm, None, None, running_mean, running_var, momentum, b.rows
-            )
+                b.weight, b.x, mu, cov, *norm, None, None, running_mean, running_var, momentum, b.rows,
+                batches,
+            )  # fmt: skip
             return Folded(wf, bias, mean, var, wcov, mu, anchor)
         _, _, mine, var, wcov = ops.fold(b.weight, b.x, mu, cov, *norm, None, None, None, None, 0.0, b.rows)
         mean, var, count = merge_over_group(mine, var, b.rows, b.group)
@@ -178,17 +180,17 @@ class _BlockEnd(torch.autograd.Function):
         dw, dgamma, dbeta, b, shift = _matrices(
             sums[:mine], weight, gamma, one, first, x, totals1, rows, fast
         )
-        other: tuple[Any, ...] = (None,) * 4
+        other: tuple[Any, ...] = (None,) * 5
         if second is not None:
             dw2, dgamma2, dbeta2, b2, shift2 = _matrices(
                 sums[mine:], weight2, gamma2, two, second, x, totals2, rows, fast
             )
             if need[7]:
-                other = (two.wf, x2, b2, shift2)
+                other = (two.wf, x2, b2, shift2, two.mu)
         dz = s1 = s2 = None
         if need[0] or need[1] or need[2] or need[7]:
             dz, s1, s2, grads[7] = ops.pointwise_dz.at(fast)(
-                g, one.wf, x, *prologue, b, shift, keep, *other, stride2
+                g, one.wf, x, *prologue, b, shift, one.mu, keep, *other, stride2
             )
             dx = dz
             if act and need[0]:
@@ -277,7 +279,7 @@ def _matrices(
         )
     else:
         dw, dgamma, dvar, adb = _over_ranks(sums, weight, gamma, f, o, totals, rows)
-    b, shift = ops.correction.at(fast)(weight, dvar, adb, f.mu, like, rows) if o.batch else (None, None)
+    b, shift = ops.correction.at(fast)(weight, dvar, adb, like, rows) if o.batch else (None, None)
     return dw, dgamma, dbeta, b, shift
 
 

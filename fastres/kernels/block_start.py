@@ -142,15 +142,15 @@ def _conv(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     momentum: float,
+    batches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     b, c, h, w = x.shape
     n, rows = weight.shape[0], b * h * w
     y = torch.empty((b, n, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     t = tile("start", x, n, c)
     parts = -(-rows // t.m)
-    pmean, pm2 = (
-        torch.empty(parts if stats else 0, n, dtype=torch.float32, device=x.device) for _ in range(2)
-    )
+    pmean = torch.empty(parts if stats else 0, n, dtype=torch.float32, device=x.device)
+    pm2 = torch.empty_like(pmean)
     with on(x):
         conv_kernel[(parts * -(-n // t.n),)](
             x, _stored(weight, x.dtype), y, pmean, pm2, rows, n, c, STATS=stats, PREC=precision(x),
@@ -158,7 +158,7 @@ def _conv(
         )  # fmt: skip
         if not stats:
             return y, pmean.view(-1), pm2.view(-1)
-        return y, *merge_stats(pmean, pm2, rows, t.m, running_mean, running_var, momentum)
+        return y, *merge_stats(pmean, pm2, rows, t.m, running_mean, running_var, momentum, batches)
 
 
 def _dgrad(
@@ -207,7 +207,7 @@ def _conv_traffic(x: Tensor, weight: Tensor, stats: bool, *rest: Any) -> Traffic
 
 start_conv = register(
     "block_start_conv(Tensor x, Tensor weight, bool stats, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
-    " float momentum) -> (Tensor, Tensor, Tensor)",
+    " float momentum, Tensor(c!)? batches=None) -> (Tensor, Tensor, Tensor)",
     reference=reference.block_start_conv,
     triton=_conv,
     fake=_fake_conv,
@@ -268,7 +268,8 @@ class _BlockStart(torch.autograd.Function):
             flat, _ = p_sums.at(fast)(
                 dy, None, x, None, None, None, None, 0.0, False, None, None, None, 1, None
             )
-            dw = flat[: low.numel()].view(low.shape).to(ctx.dtype)
+            dw = flat[: low.numel()].view(low.shape)
+            dw = dw if dw.dtype == ctx.dtype else dw.to(ctx.dtype)
         dgamma = sums[1].to(gamma.dtype) if need[3] else None
         dbeta = sums[0].to(beta.dtype) if need[4] else None
         return dx, dw, None, dgamma, dbeta, *(None,) * 9

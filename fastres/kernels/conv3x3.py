@@ -128,10 +128,12 @@ def _forward(
 
 
 def _statistics(
-    partial: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, chunk: int, total: int
+    partial: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, chunk: int, total: int,
+    batches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with on(partial):
-        return merge_stats(*partial.unbind(0), total, chunk, running_mean, running_var, momentum)
+        pmean, pm2 = partial.unbind(0)
+        return merge_stats(pmean, pm2, total, chunk, running_mean, running_var, momentum, batches)
 
 
 def _dgrad(
@@ -229,7 +231,7 @@ forward = register(
 )
 statistics = register(
     "conv3x3_statistics(Tensor partial, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, int chunk,"
-    " int total) -> (Tensor, Tensor)",
+    " int total, Tensor(c!)? batches=None) -> (Tensor, Tensor)",
     reference=reference.conv3x3_statistics,
     triton=_statistics,
     fake=lambda partial, *rest: (partial.new_empty(partial.shape[2]), partial.new_empty(partial.shape[2])),

@@ -15,9 +15,10 @@ so does the whole backward: y [M, N], the widest tensor of the block, is never f
                 then through z = relu(bn(x)): mask z > 0, sums of that norm, its input gradient
     frozen      with running statistics a and bias come from them, S is not needed, and B = 0
     saved       x, one bit a value of out, and matrices the size of the weight
-    rounding    Wf and B are rounded once, and the bias and the shift of dz use them as rounded, so the means of out
-                and dz are exact. The sums of (z - s)(z - s)^T and g (z - s)^T are taken about an anchor s for which
-                z - s is exact in the storage type (0, or near the mean where that is far from 0), in fp32.
+    rounding    Wf and B are rounded once. The bias uses Wf as rounded, so the mean of out is exact; B multiplies
+                z - mu, rounded, so rounding B moves no mean of dz. The sums of (z - s)(z - s)^T and g (z - s)^T are
+                taken about an anchor s for which z - s is exact in the storage type (0, or near the mean where that
+                is far from 0), in fp32.
     limits      var y = diag(W S W^T) loses digits where it is far below |W|^2 |S|, as with fewer rows than channels;
                 the functions ask for four rows a channel at least
     traffic     R x (Gram), R x, identity, W out, bits; backward R dout, bits, x, W g, then R g, x, W dz, then the
@@ -41,7 +42,7 @@ from fastres import reference
 from fastres.kernels import _pointwise as fwd
 from fastres.kernels import _pointwise_backward as bwd
 from fastres.kernels import _tuned
-from fastres.kernels._launch import SHAPES, channels_last, on
+from fastres.kernels._launch import MERGE, SHAPES, channels_last, on
 from fastres.kernels._library import Traffic, register
 from fastres.kernels._merge import merge_sums
 
@@ -156,7 +157,7 @@ def _moments(
     tiles = across * (across + 1) // 2
     parts, chunk = split(rows, t.k, tiles)
     width = tiles * t.n**2 + c
-    partial = torch.empty(1, parts, width, dtype=torch.float32, device=x.device)
+    partial = torch.empty(parts, width, dtype=torch.float32, device=x.device)
     mu, anchor, cov = partial.new_empty(c), partial.new_empty(c), partial.new_empty(c, c)
     prec = "tf32x3" if precision(x) == "tf32" else "ieee"  # S is squared into var: keep fp32's digits
     with on(x):
@@ -165,16 +166,17 @@ def _moments(
             AFFINE=gamma is not None, STRIDE=stride, PREC=prec, BM=t.k, BC=t.n, num_warps=t.warps,
             num_stages=t.stages,
         )  # fmt: skip
-        (sums,) = merge_sums(partial)
-        blocks = -(-c // FOLD.n)
-        fwd.cov_kernel[(blocks, blocks)](sums, anchor, mu, cov, c, 1.0 / rows, GC=t.n, BC=FOLD.n, num_warps=4)
+        fwd.cov_kernel[(c, -(-c // MERGE.b1))](
+            partial, anchor, mu, cov, parts, c, width, 1.0 / rows, GC=t.n, BP=MERGE.b0, BC=MERGE.b1,
+            num_warps=MERGE.warps,
+        )  # fmt: skip
     return mu, cov, anchor
 
 
 def _fold(
     weight: Tensor, like: Tensor, mu: Tensor | None, cov: Tensor | None, gamma: Tensor | None, beta: Tensor | None,
     eps: float, mean: Tensor | None, var: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
-    momentum: float, count: int,
+    momentum: float, count: int, batches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     n, c = weight.shape[:2]
     batch = mu is not None
@@ -184,9 +186,10 @@ def _fold(
     wcov = bias.new_empty((n, c) if batch else (0, 0))
     with on(weight):
         fwd.fold_kernel[(-(-n // FOLD.m),)](
-            weight, mu, cov, gamma, beta, eps, running_mean, running_var, momentum, count / max(count - 1, 1),
+            weight, mu, cov, gamma, beta, eps, running_mean, running_var, batches, momentum, count / max(count - 1, 1),
             wf, bias, new_mean if batch else mean, new_var if batch else var, wcov, n, c, AFFINE=gamma is not None,
-            BATCH=batch, RUNNING=running_mean is not None, BN=FOLD.m, BC=FOLD.n, num_warps=FOLD.warps,
+            BATCH=batch, RUNNING=running_mean is not None, COUNT=batches is not None, BN=FOLD.m, BC=FOLD.n,
+            num_warps=FOLD.warps,
         )  # fmt: skip
     if not batch and mean is not None and var is not None:
         new_mean.copy_(mean)
@@ -262,24 +265,22 @@ def _weight_gradient(
     return dw, dgamma, dvar, adb
 
 
-def _correction(
-    weight: Tensor, dvar: Tensor, adb: Tensor, mu: Tensor, like: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
+def _correction(weight: Tensor, dvar: Tensor, adb: Tensor, like: Tensor, count: int) -> tuple[Tensor, Tensor]:
     n, c = weight.shape[:2]
-    b = torch.empty(c, c, dtype=like.dtype, device=weight.device)
-    shift = torch.empty(c, dtype=torch.float32, device=weight.device)
+    b, shift = like.new_empty(c, c), dvar.new_empty(c)
     blocks = -(-c // FOLD.n)
-    size = dict(BN=FOLD.k, BC=FOLD.n, num_warps=FOLD.warps)
     with on(weight):
-        bwd.correction_kernel[(blocks, blocks)](weight, dvar, b, n, c, 2.0 / count, **size)
-        bwd.shift_kernel[(blocks,)](weight, adb, mu, b, shift, n, c, 1.0 / count, **size)
+        bwd.correction_kernel[(blocks, blocks)](
+            weight, dvar, adb, b, shift, n, c, 1.0 / count, BN=FOLD.k, BC=FOLD.n, num_warps=FOLD.warps
+        )
     return b, shift
 
 
 def _dz(
     g: Tensor, wf: Tensor, x: Tensor, mean: Tensor | None, var: Tensor | None, gamma: Tensor | None,
-    beta: Tensor | None, eps: float, act: bool, b: Tensor | None, shift: Tensor | None, keep: Tensor | None,
-    wf2: Tensor | None, x2: Tensor | None, b2: Tensor | None, shift2: Tensor | None, stride2: int,
+    beta: Tensor | None, eps: float, act: bool, b: Tensor | None, shift: Tensor | None, mu: Tensor | None,
+    keep: Tensor | None, wf2: Tensor | None, x2: Tensor | None, b2: Tensor | None, shift2: Tensor | None,
+    mu2: Tensor | None, stride2: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     g = g.contiguous(memory_format=torch.channels_last)
     n, c = wf.shape
@@ -292,8 +293,8 @@ def _dz(
     p1, p2 = partial.unbind(0)
     with on(x):
         bwd.dz_kernel[(parts * (-(-c // t.n) + -(-c2 // t.n)),)](
-            g, wf, x, mean, var, gamma, beta, eps, b, shift, keep, dx, p1, p2, wf2, x2, b2, shift2,
-            dx2, rows, n, c, c2, *shape, ACT=act, AFFINE=gamma is not None, BATCH=b is not None,
+            g, wf, x, mean, var, gamma, beta, eps, b, shift, mu, keep, dx, p1, p2, wf2, x2, b2, shift2,
+            mu2, dx2, rows, n, c, c2, *shape, ACT=act, AFFINE=gamma is not None, BATCH=b is not None,
             KEEP=keep is not None, PAIR=x2 is not None, BATCH2=b2 is not None, STRIDE2=stride2, PREC=precision(x),
             BM=t.m, BC=t.n, BK=t.k, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
@@ -329,9 +330,9 @@ def _fake_p(dout: Tensor, bits: Tensor | None, x: Tensor, *rest: Any) -> tuple[T
 
 
 def _fake_dz(g: Tensor, wf: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    x2 = rest[10]
+    x2 = rest[11]
     sums = (_f32(x, x.shape[1] if rest[5] else 0) for _ in range(2))
-    return _read(x, 1), *sums, x.new_empty(0) if x2 is None else _read(x2, rest[13])
+    return _read(x, 1), *sums, x.new_empty(0) if x2 is None else _read(x2, rest[15])
 
 
 def _fake_weight(sums: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -370,7 +371,7 @@ def _p_traffic(dout: Tensor, bits: Tensor | None, x: Tensor, *a: Any) -> Traffic
 
 
 def _dz_traffic(g: Tensor, wf: Tensor, x: Tensor, *a: Any) -> Traffic:
-    act, b, (wf2, x2, b2, _, stride2) = a[5], a[6], a[9:14]
+    act, b, (wf2, x2, b2, _, _, stride2) = a[5], a[6], a[10:16]
     (n, c), rows, c2 = wf.shape, g.numel() // g.shape[1], 0 if x2 is None else x2.shape[1]
     partials = 8 * 2 * -(-rows // tile("dz", x, c, n, c2).m) * c if act else 0
     read = [x if act or b is not None else None, None if b2 is None else _pixels(x2, stride2)]
@@ -388,7 +389,8 @@ moments = register(
 )
 fold = register(
     "pointwise_fold(Tensor weight, Tensor like, Tensor? mu, Tensor? cov, Tensor? gamma, Tensor? beta, float eps,"
-    " Tensor? mean, Tensor? var, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, SymInt count)"
+    " Tensor? mean, Tensor? var, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, SymInt count,"
+    " Tensor(c!)? batches=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.pointwise_fold,
     triton=_fold,
@@ -421,18 +423,19 @@ weight_gradient = register(
     fake=_fake_weight,
 )
 correction = register(
-    "pointwise_correction(Tensor weight, Tensor dvar, Tensor adb, Tensor mu, Tensor like, SymInt count)"
+    "pointwise_correction(Tensor weight, Tensor dvar, Tensor adb, Tensor like, SymInt count)"
     " -> (Tensor, Tensor)",
     reference=reference.pointwise_correction,
     triton=_correction,
     traffic=lambda weight, *_: Traffic([weight, weight]),
-    fake=lambda weight, dvar, adb, mu, like, count: (
-        like.new_empty(weight.shape[1], weight.shape[1]), torch.empty_like(mu)
+    fake=lambda weight, dvar, adb, like, count: (
+        like.new_empty(weight.shape[1], weight.shape[1]), dvar.new_empty(weight.shape[1])
     ),
 )  # fmt: skip
 pointwise_dz = register(
-    f"pointwise_dz(Tensor g, Tensor wf, Tensor x, {_PROLOGUE}, Tensor? b, Tensor? shift, Tensor? keep, Tensor? wf2,"
-    " Tensor? x2, Tensor? b2, Tensor? shift2, int stride2) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"pointwise_dz(Tensor g, Tensor wf, Tensor x, {_PROLOGUE}, Tensor? b, Tensor? shift, Tensor? mu, Tensor? keep,"
+    " Tensor? wf2, Tensor? x2, Tensor? b2, Tensor? shift2, Tensor? mu2, int stride2)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.pointwise_dz,
     triton=_dz,
     traffic=_dz_traffic,

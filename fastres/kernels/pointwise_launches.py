@@ -8,6 +8,7 @@ from typing import Any
 from fastres.kernels import _pointwise as fwd
 from fastres.kernels import _pointwise_backward as bwd
 from fastres.kernels._aot import STORAGE, Case, signature
+from fastres.kernels._launch import MERGE
 from fastres.kernels.fused_conv_bn_relu import FOLD, GEMM
 
 __all__ = ["aot_cases", "odd_cases"]
@@ -44,17 +45,17 @@ def _products(storage: str, which: int) -> Iterator[Case]:
 
 def _small(storage: str) -> Iterator[Case]:
     """The matrices between the products; the weight itself is fp32, as under autocast."""
-    types = {"wf_ptr": f"*{storage}", "b_ptr": f"*{storage}", "w_ptr": "*fp32"}
+    types = {"wf_ptr": f"*{storage}", "b_ptr": f"*{storage}", "w_ptr": "*fp32", "batches_ptr": "*i64"}
     size, wide = dict(BN=FOLD.m, BC=FOLD.n), dict(BN=FOLD.k, BC=FOLD.n)
     for k, flags in (
-        (fwd.fold_kernel, dict(size, AFFINE=True, BATCH=True, RUNNING=True)),
+        (fwd.fold_kernel, dict(size, AFFINE=True, BATCH=True, RUNNING=True, COUNT=True)),
         (bwd.weight_kernel, dict(size, AFFINE=True, BATCH=True)),
         (bwd.correction_kernel, wide),
-        (bwd.shift_kernel, wide),
-        (fwd.cov_kernel, dict(GC=128, BC=FOLD.n)),
+        (fwd.cov_kernel, dict(GC=128, BP=MERGE.b0, BC=MERGE.b1)),
     ):
         yield Case(
-            f"{k.__name__}-{storage}", k, signature(k, "fp32", types), flags, dict(num_warps=FOLD.warps), _aligned(k)
+            f"{k.__name__}-{storage}", k, signature(k, "fp32", types), flags,
+            dict(num_warps=MERGE.warps if k is fwd.cov_kernel else FOLD.warps), _aligned(k)
         )  # fmt: skip
 
 
