@@ -66,8 +66,8 @@ GEMM: dict[str, dict[bool, tuple[Gemm, ...]]] = {
     # A depth of 64 spills with a downsample branch on GPUs before Hopper, and at 128 x 128 with Triton 3.6.0.
     "p": {True: (Gemm(128, 64, 32, 8, 2), Gemm(128, 128, 32, 8, 2), Gemm(64, 64, 32, 8, 2))},
     "dz": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 32, 32, 4, 2))},
-    # of ``downsample_end``
-    "down": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 64, 32, 4, 2))},
+    # of ``downsample_end``, whose epilogue has a norm: it spills on Blackwell with more values a thread
+    "down": {True: (Gemm(128, 64, 64, 8, 3), Gemm(64, 128, 64, 8, 3), Gemm(64, 64, 32, 4, 2))},
     # of ``block_start``
     "start": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 64, 32, 4, 2))},
     "dgrad": {True: (Gemm(128, 64, 64, 8, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 32, 32, 4, 2))},
