@@ -272,7 +272,8 @@ def saving(rows: int, n: int, c: int, full: int, itemsize: int, batch: bool, for
     saved = (5 if batch else 3) * wide - (2 if batch else 0) * read
     if forked:  # written, and read twice and written to be added, for all pixels and not only for those read
         saved += 4 * (full - read)
-    saved -= 24 * n * c + 12 * c * c if batch else 8 * n * c  # matrices the size of the weight, of the covariance
+    # Matrices the size of the weight and of the covariance.
+    saved -= 24 * n * c + 12 * c * c if batch else 8 * n * c
     saved -= ops.p_workspace(ops.default_tile("p", itemsize, c, n, 0), rows, n, c, 0)
     if not batch:
         return saved, 0
