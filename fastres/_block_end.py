@@ -27,12 +27,14 @@ from fastres._routing import (
     BatchNorm,
     choose,
     decide,
+    downsample_pays,
     moments_pay,
     own_conv3x3,
     record,
     transformed,
 )
 from fastres.kernels import block_end as moment_form
+from fastres.kernels import downsample_end as downsample_form
 from fastres.kernels import residual_add_relu as end_ops
 from fastres.kernels._check import check_activation, check_aten, check_like, fail
 from fastres.kernels._launch import channels_last
@@ -290,6 +292,47 @@ def _moment_form(
     return Linked(result, bits) if linked else result
 
 
+def _downsample_form(
+    branch: Pending, identity: Pending, keep: Tensor | None, read: Tensor | None
+) -> Tensor | str:  # fmt: skip
+    """The block end without the downsample convolution's output, where the last convolution is no 1x1; or why not."""
+    identity.x = materialize(identity.x)
+    x, conv, root = _operand(identity), identity.conv, branch
+    if isinstance(x, str):
+        return f"no moment form of the downsample: {x}"
+    while isinstance(root.x, Pending):
+        root = root.x
+    assert isinstance(conv, nn.Conv2d)
+    stride, out = conv.stride[0], conv.out_channels
+    b, c, h, w = x.shape
+    shape = (b, out, (h - 1) // stride + 1, (w - 1) // stride + 1)
+    forked = read is None and stride > 1 and torch.is_grad_enabled() and x.requires_grad
+    if out == 1 or b * shape[2] * shape[3] < 4 * c:
+        return "no moment form of the downsample: fewer than four rows a channel, or one channel"
+    if forked and (root.x is not x or root._y is not None or not plain_conv(root.conv)):
+        return "no moment form of the downsample: its input's gradient has other parts than the first convolution's"
+    if not downsample_pays(x, out, stride, identity.bn.training, forked):
+        return "moment form: off, or does not pay by the model or the tuning table"
+    route, reason = decide("downsample_end", x, (), (branch.bn, identity.bn))
+    if route == "aten":
+        return ""
+    check_norm("add_relu", shape, x.device, identity.bn)
+    if forked:
+        root.x, read = downsample_form.fork(x, stride)
+    y, bn = branch.raw(), branch.bn
+    check_bn("add_relu", y, bn)
+    _check_keep("add_relu", keep, y)
+    if tuple(y.shape) != shape or y.dtype != x.dtype or not channels_last(y):
+        return "no moment form of the downsample: the branch has another shape, dtype or layout"
+    record("add_relu", y, route, f"{reason}; downsample in moment form", (bn,))
+    s = branch.moments()
+    first = downsample_form.Normed(
+        y, s.mean, s.var, bn.weight, bn.bias, bn.eps, bn.training, s.values, s.group
+    )
+    second = _branch(identity, x, read)
+    return downsample_form.downsample_end(first, second, _fold(second, identity.once()), keep)
+
+
 def add_relu(
     branch: Tensor | Pending, identity: Tensor | Pending | Linked, keep: Tensor | None = None
 ) -> Tensor:
@@ -346,6 +389,8 @@ def _add_relu(
         identity = read
     assert not isinstance(identity, Linked)
     out = _moment_form(branch, identity, keep, name, read, linked)
+    if out == "" and isinstance(identity, Pending):
+        out = _downsample_form(branch, identity, keep, read)
     if not isinstance(out, str):
         return out
     bn = branch.bn

@@ -35,14 +35,15 @@ from fastres.kernels import _tuned
 from fastres.kernels._check import KERNEL_DTYPES
 from fastres.kernels._launch import channels_last, dense, lies_as, matrix, tile_key
 from fastres.kernels._triton import HAS_TRITON, INTERPRET, TRITON_ERROR
+from fastres.kernels.downsample_end import saving
 from fastres.kernels.folded_conv import cudnn_obstacle, onednn_obstacle
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["BACKENDS", "CONV3X3", "MEMORY", "MOMENTS", "BatchNorm", "Choice", "assume_gpu", "backend", "choose",
-           "conv3x3", "decide", "decide_folded", "decide_pair", "folding", "fuses", "get_backend", "get_folding",
-           "memory", "moments", "moments_pay", "own_conv3x3", "recomputes", "record", "record_routes",
+           "conv3x3", "decide", "decide_folded", "decide_pair", "downsample_pays", "folding", "fuses", "get_backend",
+           "get_folding", "memory", "moments", "moments_pay", "own_conv3x3", "recomputes", "record", "record_routes",
            "transformed"]  # fmt: skip
 
 BACKENDS = ("auto", "triton", "aten", "reference")
@@ -197,11 +198,29 @@ def moments_pay(rows: int, n: int, c: int, op: str = "block_end", itemsize: int 
         return _Setting.moments == "on"
     saved = 8 * 2 * rows * n / _BYTES_A_SECOND
     pays = 4 * rows * c * c / _FLOPS_A_SECOND + 3 * 2 * rows * c / _BYTES_A_SECOND < saved
+    return _form(op, (_tuned.log2(rows), n, c, itemsize), pays)
+
+
+def _form(op: str, key: _tuned.Key, pays: bool) -> bool:
+    """The tuning table's word on a form, or the model's."""
     form, without = _tuned.ROUTES[op]
     if not _tuned.routed():
         return pays
-    key = (_tuned.log2(rows), n, c, itemsize)
     return _tuned.route(op, key, form if pays else without) == form
+
+
+def downsample_pays(x: Tensor, n: int, stride: int, batch: bool, forked: bool) -> bool:
+    """The same for a downsample of x to n channels in a block of 3x3 convolutions (``kernels/downsample_end.py``): what
+    it saves in bytes, partial results and small matrices counted, beside what it adds in flops. It never takes more
+    bytes. ``batch``, ``forked``: as in ``downsample_end.saving``.
+    """
+    if _Setting.moments != "auto":
+        return _Setting.moments == "on"
+    b, c, h, w = x.shape
+    rows, itemsize = b * ((h - 1) // stride + 1) * ((w - 1) // stride + 1), x.element_size()
+    saved, flops = saving(rows, n, c, b * c * h * w * itemsize, itemsize, batch, forked)
+    pays = flops / _FLOPS_A_SECOND < saved / _BYTES_A_SECOND
+    return _form("downsample_end", (_tuned.log2(rows), n, c, itemsize, stride), pays)
 
 
 @contextmanager

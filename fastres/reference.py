@@ -366,7 +366,7 @@ def pointwise_p(
     stride2: int, keep: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The sums (keep g)^T (z - s) [N C] and sum keep g [N] one after the other, with x2 then g^T (x2 - s2) and sum g of
-    the downsample branch; and g (empty without bits)."""
+    the downsample branch; and g (empty without bits). ``stride2`` is that of x2, or where there is none that of x."""
     n = dout.shape[1]
     rows = dout.permute(0, 2, 3, 1).reshape(-1, n)
     g = x.new_empty(0)
@@ -376,7 +376,8 @@ def pointwise_p(
         g = torch.empty(dout.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         g.copy_(rows.view(b, h, w, n).permute(0, 3, 1, 2))
     rows = wide(rows)
-    kept, z = _samples(rows, keep), _operand(x, mean, var, gamma, beta, eps, act, 1)
+    kept = _samples(rows, keep)
+    z = _operand(x, mean, var, gamma, beta, eps, act, stride2 if x2 is None else 1)
     sums = [(kept.t() @ (z if anchor is None else z - anchor)).reshape(-1), kept.sum(0)]
     if x2 is not None:
         z = _operand(x2, None, None, None, None, 0.0, False, stride2)
@@ -431,9 +432,10 @@ def pointwise_dz(
     mu2: Tensor | None, stride2: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dz = keep g Wf + (z - mu) B + c; with ``act`` masked by z > 0, and then sum dz and sum dz xhat; with ``x2`` also
-    g Wf2 + (x2 - mu2) B2 + c2 at the pixels of x2 that were read."""
-    z = _operand(x, mean, var, gamma, beta, eps, act, 1)
-    n, c, h, w = x.shape
+    g Wf2 + (x2 - mu2) B2 + c2 at the pixels of x2 that were read. ``stride2`` is that of x2, or, where there is none,
+    of x."""
+    z = _operand(x, mean, var, gamma, beta, eps, act, stride2 if x2 is None else 1)
+    (n, _, h, w), c = g.shape, x.shape[1]
     dz = _dz(g, wf, z, b, shift, mu, keep).view(n, h, w, c).permute(0, 3, 1, 2)
     dx2 = x.new_empty(0)
     if x2 is not None and wf2 is not None:
@@ -446,6 +448,20 @@ def pointwise_dz(
     xhat, _, v = normalized(x, mean, var, gamma, beta, eps)
     dx.copy_(torch.where(v <= 0, torch.zeros_like(dz), dz))
     return dx, wide(dx).sum(_OVER), (wide(dx) * xhat).sum(_OVER), dx2
+
+
+def downsample_end(
+    y: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, x: Tensor,
+    wf: Tensor, bias: Tensor, stride: int, keep: Tensor | None, save: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """relu(keep_n bn(y) + x Wf^T + bias) with x at the pixels that were read; and with ``save`` its sign bits."""
+    b, n, h, w = y.shape
+    v = _operand(x, None, None, None, None, 0.0, False, stride) @ wide(wf).t() + bias
+    v = _kept(normalized(y, mean, var, gamma, beta, eps)[2], keep) + v.view(b, h, w, n).permute(0, 3, 1, 2)
+    bits = torch.empty(0, 0, dtype=torch.uint8, device=y.device)
+    if save:
+        bits = pack_rows(~(v <= 0).permute(0, 2, 3, 1).reshape(b * h * w, n))
+    return stored(relu(v), y), bits
 
 
 def block_start_conv(

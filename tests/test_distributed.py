@@ -112,6 +112,11 @@ def stage(norm: str = "FusedSyncBN") -> nn.Module:
     return randomize(layer).to(memory_format=torch.channels_last)
 
 
+def basic_stage(norm: str = "FusedSyncBN") -> nn.Module:
+    layer = fastres.ResLayer(fastres.BasicBlock, 2, 8, 16, stride=2, norm_cfg=dict(type=norm))
+    return randomize(layer).to(memory_format=torch.channels_last)
+
+
 def stage_data(step: int, samples: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(200 + step)
     x = 2 + torch.randn(samples, 8, 12, 11, generator=g, dtype=torch.float64)
@@ -145,6 +150,14 @@ def moment_form(rank: int, world: int) -> dict[str, Any]:
     with fastres.backend("reference"), fastres.functional.moments("on"), fastres.record_routes() as log:
         record = stage_steps(stage(), SIZES[world], torch.float32, rank)
     used = [c.reason.endswith("; moment form") for c in log if c.op == "add_relu"]
+    return dict(record=record, used=used)
+
+
+def downsample_form(rank: int, world: int) -> dict[str, Any]:
+    """Basic blocks, the first with a downsample in moment form; an empty rank takes another route than the others."""
+    with fastres.backend("reference"), fastres.functional.moments("on"), fastres.record_routes() as log:
+        record = stage_steps(basic_stage(), SIZES[world], torch.float32, rank)
+    used = [c.reason.endswith("; downsample in moment form") for c in log if c.op == "add_relu"]
     return dict(record=record, used=used)
 
 
@@ -193,6 +206,7 @@ def counted(rank: int, world: int) -> dict[str, Any]:
         norm=fastres.FusedSyncBatchNorm(8, relu=True),
         basic=randomize(fastres.BasicBlock(8, 8, norm_cfg=dict(type="FusedSyncBN"))),
         stage=stage(),
+        stage_of_basic_blocks=basic_stage(),
     )
     answer: dict[str, Any] = {}
     with warnings.catch_warnings():
@@ -266,7 +280,7 @@ def fused_peer(rank: int, world: int) -> dict[str, Any]:
     return out
 
 
-QUESTIONS = [uneven, moment_form, skipped, groups, counted, ddp, fsdp, fused_peer]
+QUESTIONS = [uneven, moment_form, downsample_form, skipped, groups, counted, ddp, fsdp, fused_peer]
 
 
 def worker(rank: int, world: int, folder: str) -> None:
@@ -325,12 +339,17 @@ def test_uneven_and_empty_ranks_against_one_process(world):
             assert torch.equal(got, reference), name
 
 
-def test_moment_form_over_ranks_against_one_process(world):
+@pytest.mark.parametrize(
+    ("question", "model", "blocks"),
+    [("moment_form", stage, (True, True)), ("downsample_form", basic_stage, (True, False))],
+    ids=["bottleneck", "basic"],
+)
+def test_moment_form_over_ranks_against_one_process(world, question, model, blocks):
     sizes = SIZES[len(world)]
     for rank, answers in enumerate(world):
-        assert answers["moment_form"]["used"] == [counts[rank] > 0 for counts in sizes for _ in range(2)]
-    ranks = [answers["moment_form"]["record"] for answers in world]
-    want, eager = (stage_steps(stage("BN").to(d), sizes, d, None) for d in (torch.float64, torch.float32))
+        assert answers[question]["used"] == [counts[rank] > 0 and b for counts in sizes for b in blocks]
+    ranks = [answers[question]["record"] for answers in world]
+    want, eager = (stage_steps(model("BN").to(d), sizes, d, None) for d in (torch.float64, torch.float32))
     for name, reference in want.items():
         if name.endswith(("output", "input gradient")):
             got = torch.cat([r[name] for r in ranks])
@@ -359,7 +378,7 @@ def test_process_group_is_honoured(world):
 def test_one_collective_each_way_for_every_layer(world):
     """The forward gathers (count, mean, M2) once a layer, the backward sums at most once; nothing else is sent."""
     for answers in world:
-        assert len(answers["counted"]) == 13
+        assert len(answers["counted"]) == 17
         for name, (norms, forward, backward) in answers["counted"].items():
             shared = name.startswith(
                 "stage"

@@ -54,6 +54,8 @@ def calls() -> dict[tuple[str, tuple[bool, ...]], tuple[Any, tuple[Any, ...]]]:
                 layer(x).sum().backward()
                 with torch.no_grad():
                     layer.eval()(x)
+        layer = fastres.ResLayer(fastres.BasicBlock, 1, 8, 16, stride=2).to(memory_format=LAST)
+        layer(torch.randn(3, 8, 8, 7).contiguous(memory_format=LAST).requires_grad_()).sum().backward()
     with seen, fn.winograd("on"):
         layer = fastres.ResLayer(fastres.BasicBlock, 1, 8, 8).to(memory_format=LAST)
         layer(torch.randn(2, 8, 6, 6).contiguous(memory_format=LAST)).sum().backward()

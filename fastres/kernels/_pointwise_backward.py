@@ -62,7 +62,8 @@ def p_kernel(
 ):  # fmt: skip
     """Program (p, i, j): ``p_tile`` of the branch, or with PAIR, beyond its columns, of the downsample branch x2.
 
-    Row p of the workspace holds the branch's N C + N values, then the downsample's N C2 + N, WIDTH in all.
+    Row p of the workspace holds the branch's N C + N values, then the downsample's N C2 + N, WIDTH in all. STRIDE2 is
+    the downsample's, or without PAIR the branch's own.
     """
     p, i, j = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = p * CHUNK
@@ -77,7 +78,7 @@ def p_kernel(
             return
     p_tile(dout_ptr, bits_ptr, g_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, anchor_ptr, keep_ptr,
            base_ptr, start, stop, i, j, N, C, BYTES, HW, OW, H2, W2,
-           ACT, AFFINE, ANCHOR, MASK, True, KEEP, 1, PREC, BM, BN, BC)  # fmt: skip
+           ACT, AFFINE, ANCHOR, MASK, True, KEEP, 1 if PAIR else STRIDE2, PREC, BM, BN, BC)  # fmt: skip
 
 
 @triton.jit
@@ -190,7 +191,7 @@ def dz_kernel(
 ):  # fmt: skip
     """dz of the branch; with ACT masked by z > 0, and row pm of the two workspaces gets the sums of the norm before:
     sum dz and sum dz xhat. With PAIR the programs beyond the branch's columns make dz2 of the downsample branch, of
-    the M pixels that its convolution read, one after the other."""
+    the M pixels that its convolution read, one after the other; without, STRIDE2 is the branch's and so is that."""
     across = tl.cdiv(C, BC)
     programs = across
     if PAIR:
@@ -210,14 +211,15 @@ def dz_kernel(
             return
     c = j * BC + tl.arange(0, BC)
     ok_c = c < C
+    source = source_rows(rows, HW, OW, H2, W2, 1 if PAIR else STRIDE2)[:, None] * C
     acc = dz_product(g_ptr, wf_ptr, x_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, b_ptr, c_ptr, mu_ptr,
-                     keep_ptr, rows[:, None], live, wide * C, c, ok_c, N, C, HW,
+                     keep_ptr, rows[:, None], live, source, c, ok_c, N, C, HW,
                      ACT, AFFINE, BATCH, KEEP, PREC, BM, BC, BK)  # fmt: skip
     ok = live & ok_c[None, :]
     if ACT:
         mean, rstd = J.load_moments(mean_ptr, var_ptr, eps, c[None, :], ok_c[None, :])
         gamma, beta = J.load_affine(gamma_ptr, beta_ptr, c[None, :], ok_c[None, :], AFFINE)
-        centred = tl.load(x_ptr + wide * C + c[None, :], mask=ok, other=0.0).to(tl.float32) - mean
+        centred = tl.load(x_ptr + source + c[None, :], mask=ok, other=0.0).to(tl.float32) - mean
         acc = tl.where(J.passes(centred * (gamma * rstd) + beta) & ok, acc, 0.0)
         acc = J.round_to(acc, dx_ptr.dtype.element_ty).to(tl.float32)
         tl.store(p1_ptr + pm * C + c, tl.sum(acc, 0), mask=ok_c)

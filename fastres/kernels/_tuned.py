@@ -59,7 +59,8 @@ T = TypeVar("T", bound=Config)
 
 # Operation -> its routes, the stated default first where that is fixed. Keys: of an activation's matrix (channels_last,
 # classes of rows and columns, bytes a value) for the first three, (class of rows, N, C, bytes a value) for a 1x1
-# convolution between C and N channels in the next three, whose default is the byte and flop model of ``_routing``.
+# convolution between C and N channels in the next four, whose default is the byte and flop model of ``_routing``; of a
+# downsample beside 3x3 convolutions its stride comes last.
 # The last three are of inference (keys: ``folded_conv.folded_key`` and ``pair_key``): a 1x1 convolution that the block
 # end's product can make, any other with a ReLU, and a block end with the downsample's convolution in its product.
 ROUTES: dict[str, tuple[str, ...]] = {
@@ -68,6 +69,7 @@ ROUTES: dict[str, tuple[str, ...]] = {
     "max_pool": ("triton", "aten"),
     "block_end": ("moments", "pending"),
     "pair_end": ("moments", "pending"),
+    "downsample_end": ("moments", "pending"),
     "block_start": ("joint", "autograd"),
     "folded_product": ("triton", "cudnn", "folded"),
     "folded_conv": ("cudnn", "folded"),

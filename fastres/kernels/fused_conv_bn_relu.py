@@ -46,8 +46,8 @@ from fastres.kernels._launch import MERGE, SHAPES, channels_last, on
 from fastres.kernels._library import Traffic, register
 from fastres.kernels._merge import merge_sums
 
-__all__ = ["GEMM", "Gemm", "Prologue", "correction", "fold", "moments", "p_sums",
-           "pointwise_dz", "pointwise_end", "precision", "tile", "weight_gradient"]  # fmt: skip
+__all__ = ["GEMM", "Gemm", "Prologue", "correction", "default_tile", "fold", "gram_workspace", "moments", "p_sums",
+           "p_workspace", "pointwise_dz", "pointwise_end", "precision", "tile", "weight_gradient"]  # fmt: skip
 
 
 class Gemm(NamedTuple):
@@ -68,6 +68,8 @@ GEMM: dict[str, dict[bool, tuple[Gemm, ...]]] = {
     # A depth of 64 spills with a downsample branch on GPUs before Hopper, and at 128 x 128 with Triton 3.6.0.
     "p": {True: (Gemm(128, 64, 32, 8, 2), Gemm(128, 128, 32, 8, 2), Gemm(64, 64, 32, 8, 2))},
     "dz": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 32, 32, 4, 2))},
+    # of ``downsample_end``, whose epilogue has a norm: it spills on Blackwell with more values a thread
+    "down": {True: (Gemm(128, 64, 64, 8, 3), Gemm(64, 128, 64, 8, 3), Gemm(64, 64, 32, 4, 2))},
     # of ``block_start``
     "start": {True: (Gemm(128, 64, 64, 4, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 64, 32, 4, 2))},
     "dgrad": {True: (Gemm(128, 64, 64, 8, 3), Gemm(128, 128, 64, 8, 3), Gemm(64, 32, 32, 4, 2))},
@@ -86,11 +88,21 @@ def tile(kernel: str, x: Tensor, columns: int, *others: int) -> Gemm:
 
     The tuning table chooses among the tested ones; without it the first, or the second for more than 64 columns.
     """
-    odd = columns % 16 != 0
-    for size in others:
-        odd = odd or size % 16 != 0
-    default = GEMM[kernel][x.element_size() == 2][2 if odd else int(columns > 64)]
+    odd = _odd(columns, *others)
+    default = default_tile(kernel, x.element_size(), columns, *others)
     return _tuned.product(kernel, x, columns, others[0], odd, default)
+
+
+def default_tile(kernel: str, itemsize: int, columns: int, *others: int) -> Gemm:
+    """``tile`` without a tuning table."""
+    return GEMM[kernel][itemsize == 2][2 if _odd(columns, *others) else int(columns > 64)]
+
+
+def _odd(*sizes: int) -> bool:
+    for size in sizes:  # no generator: every launch comes here
+        if size % 16:
+            return True
+    return False
 
 
 def precision(x: Tensor) -> str:
@@ -286,7 +298,8 @@ def _dz(
     n, c = wf.shape
     c2 = 0 if x2 is None else x2.shape[1]
     rows, _, shape = _geometry(x if x2 is None else x2, stride2)
-    dx, dx2 = _read(x, 1), x.new_empty(0) if x2 is None else _read(x2, stride2)
+    dx = _read(x, stride2 if x2 is None else 1)
+    dx2 = x.new_empty(0) if x2 is None else _read(x2, stride2)
     t = tile("dz", x, c, n, c2)
     parts = -(-rows // t.m)
     partial = torch.empty((2, parts, c) if act else (2, 0, 0), dtype=torch.float32, device=x.device)
@@ -332,7 +345,8 @@ def _fake_p(dout: Tensor, bits: Tensor | None, x: Tensor, *rest: Any) -> tuple[T
 def _fake_dz(g: Tensor, wf: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     x2 = rest[11]
     sums = (_f32(x, x.shape[1] if rest[5] else 0) for _ in range(2))
-    return _read(x, 1), *sums, x.new_empty(0) if x2 is None else _read(x2, rest[15])
+    dx = _read(x, rest[15] if x2 is None else 1)
+    return dx, *sums, x.new_empty(0) if x2 is None else _read(x2, rest[15])
 
 
 def _fake_weight(sums: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -347,11 +361,20 @@ def _pixels(x: Tensor | None, stride: int) -> Tensor | None:
     return x if x is None else x[:, :, ::stride, ::stride]
 
 
+def gram_workspace(t: Gemm, rows: int, c: int) -> tuple[int, int]:
+    """Bytes of the partial results of ``moments``, written and read back, and its flops."""
+    tiles = -(-c // t.n) * (-(-c // t.n) + 1) // 2  # the upper triangle
+    return 8 * split(rows, t.k, tiles)[0] * (tiles * t.n**2 + c), 2 * rows * tiles * t.n**2
+
+
+def p_workspace(t: Gemm, rows: int, n: int, c: int, c2: int) -> int:
+    """Bytes of the partial results of ``p_sums``, written and read back."""
+    return 8 * _p_plan(t, rows, n, c, c2)[0] * (n * c + n + (n * c2 + n if c2 else 0))
+
+
 def _moments_traffic(x: Tensor, *a: Any) -> Traffic:
     rows, c, t = _geometry(x, a[-1])[0], x.shape[1], tile("gram", x, x.shape[1], x.shape[1])
-    tiles = -(-c // t.n) * (-(-c // t.n) + 1) // 2  # the upper triangle
-    partials = 8 * split(rows, t.k, tiles)[0] * (tiles * t.n**2 + c)
-    return Traffic([_pixels(x, a[-1])], partials, 2 * rows * tiles * t.n**2)
+    return Traffic([_pixels(x, a[-1])], *gram_workspace(t, rows, c))
 
 
 def _end_traffic(x: Tensor, *a: Any) -> Traffic:
@@ -365,16 +388,17 @@ def _p_traffic(dout: Tensor, bits: Tensor | None, x: Tensor, *a: Any) -> Traffic
     x2, stride2 = a[7], a[9]
     n, c, c2 = dout.shape[1], x.shape[1], 0 if x2 is None else x2.shape[1]
     rows = dout.numel() // n
-    parts = _p_plan(tile("p", x, c, n, c2), rows, n, c, c2)[0]
-    sums = 8 * parts * (n * c + n + (n * c2 + n if c2 else 0))
-    return Traffic([dout, bits, x, _pixels(x2, stride2)], sums, 2 * rows * n * (c + c2))
+    sums = p_workspace(tile("p", x, c, n, c2), rows, n, c, c2)
+    read = [_pixels(x, stride2 if x2 is None else 1), _pixels(x2, stride2)]
+    return Traffic([dout, bits, *read], sums, 2 * rows * n * (c + c2))
 
 
 def _dz_traffic(g: Tensor, wf: Tensor, x: Tensor, *a: Any) -> Traffic:
     act, b, (wf2, x2, b2, _, _, stride2) = a[5], a[6], a[10:16]
     (n, c), rows, c2 = wf.shape, g.numel() // g.shape[1], 0 if x2 is None else x2.shape[1]
     partials = 8 * 2 * -(-rows // tile("dz", x, c, n, c2).m) * c if act else 0
-    read = [x if act or b is not None else None, None if b2 is None else _pixels(x2, stride2)]
+    mine = _pixels(x, stride2 if x2 is None else 1)
+    read = [mine if act or b is not None else None, None if b2 is None else _pixels(x2, stride2)]
     depth = c * (n + (0 if b is None else c)) + c2 * (n + (0 if b2 is None else c2))
     return Traffic([g, wf, b, wf2, b2, *read], partials, 2 * rows * depth)
 
@@ -406,6 +430,7 @@ pointwise_end = register(
     traffic=_end_traffic,
     fake=_fake_end,
 )
+# Of the two below: stride2 is that of x2, or where there is none that of x.
 p_sums = register(
     f"pointwise_p(Tensor dout, Tensor? bits, Tensor x, {_PROLOGUE}, Tensor? anchor, Tensor? x2, Tensor? anchor2,"
     " int stride2, Tensor? keep) -> (Tensor, Tensor)",

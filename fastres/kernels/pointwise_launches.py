@@ -15,13 +15,14 @@ __all__ = ["aot_cases", "odd_cases"]
 
 
 def _products(storage: str, which: int) -> Iterator[Case]:
-    """The four products with their heaviest options: forward with a pending norm, and the downsample's strided form."""
+    """The four products with their heaviest options: forward with a pending norm, and the downsample's strided form;
+    and in backward of ``downsample_end`` with a strided input alone."""
     small, half = storage != "fp32", f"*{storage}"
     matrices = ("wf_ptr", "b_ptr", "x2_ptr", "w2_ptr", "w_ptr", "wf2_ptr", "b2_ptr", "dx2_ptr")
     types = {"bits_ptr": "*u8", **dict.fromkeys(matrices, half)}
     act = dict(ACT=True, AFFINE=True, PREC="tf32")
     plain = dict(act, ACT=False)
-    for name, kernel, sizes, first, second in (
+    for name, kernel, sizes, *variants in (
         ("gram", fwd.gram_kernel, ("BC", "BC", "BM"), dict(act, STRIDE=1, PREC="tf32x3"),
          dict(plain, STRIDE=2, PREC="tf32x3")),
         ("end", fwd.pointwise_end_kernel, ("BM", "BN", "BK"),
@@ -29,13 +30,15 @@ def _products(storage: str, which: int) -> Iterator[Case]:
          dict(act, IDENTITY=False, PAIR=True, STRIDE2=2, KEEP=True, BITS=True)),
         ("p", bwd.p_kernel, ("BN", "BC", "BM"),
          dict(act, ANCHOR=True, MASK=True, KEEP=True, PAIR=False, STRIDE2=1),
-         dict(act, ANCHOR=True, MASK=True, KEEP=True, PAIR=True, STRIDE2=2)),
+         dict(act, ANCHOR=True, MASK=True, KEEP=True, PAIR=True, STRIDE2=2),
+         dict(plain, ANCHOR=True, MASK=False, KEEP=False, PAIR=False, STRIDE2=2)),
         ("dz", bwd.dz_kernel, ("BM", "BC", "BK"),
          dict(act, BATCH=True, KEEP=True, PAIR=False, BATCH2=False, STRIDE2=1),
-         dict(act, BATCH=True, KEEP=True, PAIR=True, BATCH2=True, STRIDE2=2)),
+         dict(act, BATCH=True, KEEP=True, PAIR=True, BATCH2=True, STRIDE2=2),
+         dict(plain, BATCH=True, KEEP=False, PAIR=False, BATCH2=False, STRIDE2=2)),
     ):  # fmt: skip
         t = GEMM[name][small][which]
-        for i, flags in enumerate((first, second)):
+        for i, flags in enumerate(variants):
             yield Case(
                 f"{name}{i + 1}-{storage}-{t.m}x{t.n}x{t.k}", kernel, signature(kernel, storage, types),
                 dict(flags, **dict(zip(sizes, t[:3], strict=True))), dict(num_warps=t.warps, num_stages=t.stages),
