@@ -14,6 +14,7 @@ import fastres
 from fastres import functional as fn
 from fastres.kernels import downsample_end as family
 from fastres.kernels import fused_conv_bn_relu as products
+from fastres.kernels._library import Operator
 from fastres.kernels.batch_norm import batch_norm_stats
 from fastres.kernels.block_end import Branch, fold_branch
 from tests.parity import assert_parity, like, randomize, steps
@@ -260,8 +261,12 @@ def test_only_what_is_asked(route: str, wanted: str, frozen: bool, monkeypatch: 
     called = set()
 
     def watch(module: Any, name: str) -> None:
-        call = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a: called.add(name) or call(*a))
+        operator = getattr(module, name)
+
+        def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *a: called.add(name) or call(*a)
+
+        monkeypatch.setattr(module, name, Operator(watched(operator.op), watched(operator.launch), None))
 
     for module, name in (
         (family, _SUMS), (family, "masked"), (family, _DY), (products, _P), (products, _DZ),
