@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres import functional as fn
+from fastres.kernels import _tuned
 from fastres.kernels import fused_conv_bn_relu as family
 from tests.tolerance import assert_close64, assert_layout, poison
 
@@ -202,6 +203,27 @@ def test_shapes(route: str, shape: str, pair: bool, dtype: torch.dtype) -> None:
     compare(route, End(size[1], n, c2 if pair else 0), size, dtype, scale=1.0 if size[1] == 1 else 0.0)
 
 
+BY_TABLE = {"end": family.GEMM["end"][True][3:]}  # what no rule chooses
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["identity", "pair"])
+@routes
+def test_configurations_that_only_a_table_chooses(
+    route: str, pair: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def product(kernel: str, x: Tensor, columns: int, other: int, odd: bool, default: Any) -> Any:
+        if not odd and kernel in BY_TABLE:
+            asked.append(kernel)
+        return BY_TABLE[kernel][0] if not odd and kernel in BY_TABLE else default
+
+    assert all(len(ts) == 1 for ts in BY_TABLE.values())
+    monkeypatch.setattr(_tuned, "product", product)
+    compare(route, End(16, 80, 16 if pair else 0), (3, 16, 7, 9), torch.bfloat16)
+    assert route == "reference" or set(asked) == set(BY_TABLE)
+
+
 def test_every_tile_is_tried() -> None:
     seen = set()
     for (_, c, _, _), n, c2 in SHAPES.values():
@@ -214,6 +236,7 @@ def test_every_tile_is_tried() -> None:
                     for k, sizes in (("end", (n, c)), ("p", (c, n, second)), ("dz", (c, n, second)))
                 }
     mine = ("gram", "end", "p", "dz")
+    seen |= {(k, t) for k in mine for t in BY_TABLE.get(k, ())}
     assert seen == {(k, t) for k in mine for ts in family.GEMM[k].values() for t in ts}
 
 
