@@ -42,7 +42,8 @@ def _products(storage: str, which: int) -> Iterator[Case]:
         t = GEMM[name][small][which]
         for i, flags in enumerate(variants):
             yield Case(
-                f"{name}{i + 1}-{storage}-{t.m}x{t.n}x{t.k}{'-8' if which == 3 else ''}", kernel, signature(kernel, storage, types),
+                f"{name}{i + 1}-{storage}-{t.m}x{t.n}x{t.k}{'-8' if which == 3 else ''}", kernel,
+                signature(kernel, storage, types),
                 dict(flags, **dict(zip(sizes, t[:3], strict=True))), dict(num_warps=t.warps, num_stages=t.stages),
                 _aligned(kernel),
             )  # fmt: skip
