@@ -175,12 +175,13 @@ def test_shapes(route: str, shape: str, dtype: torch.dtype) -> None:
 
 
 def test_every_tile_is_tried() -> None:
-    seen = {
-        products.tile("down", torch.empty(0, dtype=dtype), n, c)
-        for _, c, n, _ in SHAPES.values()
-        for dtype in (torch.float32, torch.bfloat16)
-    }
-    assert seen == {t for tiles in products.GEMM["down"].values() for t in tiles}
+    for kernel in ("down", "plain_p"):
+        seen = {
+            products.tile(kernel, torch.empty(0, dtype=dtype), *((n, c) if kernel == "down" else (c, n)))
+            for _, c, n, _ in SHAPES.values()
+            for dtype in (torch.float32, torch.bfloat16)
+        }
+        assert seen == {t for tiles in products.GEMM[kernel].values() for t in tiles}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])

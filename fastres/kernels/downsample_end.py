@@ -287,7 +287,7 @@ def saving(rows: int, n: int, c: int, full: int, itemsize: int, batch: bool, for
         saved += 4 * (full - read)
     # Matrices the size of the weight and of the covariance.
     saved -= 24 * n * c + 12 * c * c if batch else 8 * n * c
-    saved -= ops.p_workspace(ops.default_tile("p", itemsize, c, n, 0), rows, n, c, 0)
+    saved -= ops.p_workspace(ops.default_tile("plain_p", itemsize, c, n, 0), rows, n, c, 0)
     if not batch:
         return saved, 0
     workspace, flops = ops.gram_workspace(ops.default_tile("gram", itemsize, c, c), rows, c)
