@@ -252,6 +252,8 @@ def _moment_form(
     if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (1, 1) or conv.stride != (1, 1):
         return ""
     x = _operand(branch)
+    if isinstance(identity, Pending) and isinstance(identity.x, Pending):
+        identity.x = identity.x.tensor()  # the second branch of the product has no norm in front
     other = _operand(identity) if isinstance(identity, Pending) else identity
     if isinstance(x, str) or isinstance(other, str):
         return f"no moment form: {x if isinstance(x, str) else other}"

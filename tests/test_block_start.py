@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastres
 from fastres import functional as fn
-from fastres.kernels import fused_conv_bn_relu as family
+from fastres.kernels import _pointwise_plan as plan
 from fastres.kernels.block_start import block_start, start_conv
 from fastres.reference import pack_rows
 from tests.tolerance import assert_close64, assert_layout, poison
@@ -150,7 +150,7 @@ def test_options(route: str, options: str, dtype: torch.dtype) -> None:
 @routes
 def test_many_parts_are_merged_in_two_steps(route: str) -> None:
     rows = 2 * 97 * 131
-    assert -(-rows // family.tile("start", torch.empty(0), 4, 3).m) > 256
+    assert -(-rows // plan.tile("start", torch.empty(0), 4, 3).m) > 256
     x = torch.randn(2, 3, 97, 131, device=route).mul_(3).add_(50).contiguous(memory_format=LAST)
     w = torch.randn(4, 3, 1, 1, device=route)
     y, mean, var = start_conv(x, w, True, None, None, 0.0)
@@ -165,10 +165,10 @@ def test_every_tile_is_tried() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.empty(0, dtype=dtype)
             seen |= {
-                ("start", family.tile("start", x, cout, cin)),
-                ("dgrad", family.tile("dgrad", x, cin, cout)),
+                ("start", plan.tile("start", x, cout, cin)),
+                ("dgrad", plan.tile("dgrad", x, cin, cout)),
             }
-    assert seen == {(k, t) for k in ("start", "dgrad") for ts in family.GEMM[k].values() for t in ts}
+    assert seen == {(k, t) for k in ("start", "dgrad") for ts in plan.GEMM[k].values() for t in ts}
 
 
 @pytest.mark.parametrize("missing", ["z", "identity"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastres
 from fastres import functional as fn
+from fastres.kernels import _pointwise_plan as plan
 from fastres.kernels import downsample_end as family
 from fastres.kernels import fused_conv_bn_relu as products
 from fastres.kernels._library import Operator
@@ -177,11 +178,11 @@ def test_shapes(route: str, shape: str, dtype: torch.dtype) -> None:
 def test_every_tile_is_tried() -> None:
     for kernel in ("down", "plain_p"):
         seen = {
-            products.tile(kernel, torch.empty(0, dtype=dtype), *((n, c) if kernel == "down" else (c, n)))
+            plan.tile(kernel, torch.empty(0, dtype=dtype), *((n, c) if kernel == "down" else (c, n)))
             for _, c, n, _ in SHAPES.values()
             for dtype in (torch.float32, torch.bfloat16)
         }
-        assert seen == {t for tiles in products.GEMM[kernel].values() for t in tiles}
+        assert seen == {t for tiles in plan.GEMM[kernel].values() for t in tiles}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -222,6 +223,29 @@ def test_a_chain_of_blocks_is_the_eager_one(backend: str) -> None:
         plain.append(module)
         want = module(conv(want if conv is convs[0] else want.relu()))
     torch.testing.assert_close(out, (want + x).relu(), rtol=1e-4, atol=1e-5)
+
+
+@backends
+def test_a_downsample_of_what_is_pending_is_of_its_activation(backend: str) -> None:
+    x = activation((4, 8, 4, 6)).contiguous(memory_format=torch.channels_last).requires_grad_()
+    convs = [nn.Conv2d(8, n, 1, bias=False) for n in (8, 8, 24, 24)]
+    norms = [channels(c.out_channels) for c in convs]
+    first, second, last, down = zip(convs, norms, strict=True)
+    with fn.backend(backend), fn.moments("on"):
+        p = fn.conv_bn_relu(x, *first)
+        out = fn.add_relu(fn.conv_bn(fn.conv_bn_relu(x, *second), *last), fn.conv_bn(p, *down))
+
+    def plain(z: torch.Tensor, conv: nn.Conv2d, bn: BatchNorm) -> torch.Tensor:
+        return F.batch_norm(conv(z), None, None, bn.weight, bn.bias, True, 0.0, bn.eps)
+
+    z = plain(x, *first).relu()
+    want = (plain(plain(x, *second).relu(), *last) + plain(z, *down)).relu()
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+    dy = torch.randn_like(out)
+    for a, b in zip(
+        *(torch.autograd.grad(t, [x, *(c.weight for c in convs)], dy) for t in (out, want)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 # -------------------------------------------------------------------------------------- checkpointing, autocast

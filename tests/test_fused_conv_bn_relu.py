@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres import functional as fn
+from fastres.kernels import _pointwise_plan as plan
 from fastres.kernels import _tuned
 from fastres.kernels import fused_conv_bn_relu as family
 from tests.tolerance import assert_close64, assert_layout, poison
@@ -203,7 +204,7 @@ def test_shapes(route: str, shape: str, pair: bool, dtype: torch.dtype) -> None:
     compare(route, End(size[1], n, c2 if pair else 0), size, dtype, scale=1.0 if size[1] == 1 else 0.0)
 
 
-BY_TABLE = {"end": family.GEMM["end"][True][3:]}  # what no rule chooses
+BY_TABLE = {"end": plan.GEMM["end"][True][3:]}  # what no rule chooses
 
 
 @pytest.mark.parametrize("pair", [False, True], ids=["identity", "pair"])
@@ -230,20 +231,20 @@ def test_every_tile_is_tried() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.empty(0, dtype=dtype)
             for second in (0, c2):
-                seen |= {("gram", family.tile("gram", x, d, d)) for d in (c, second) if d}
+                seen |= {("gram", plan.tile("gram", x, d, d)) for d in (c, second) if d}
                 seen |= {
-                    (k, family.tile(k, x, *sizes))
+                    (k, plan.tile(k, x, *sizes))
                     for k, sizes in (("end", (n, c)), ("p", (c, n, second)), ("dz", (c, n, second)))
                 }
     mine = ("gram", "end", "p", "dz")
     seen |= {(k, t) for k in mine for t in BY_TABLE.get(k, ())}
-    assert seen == {(k, t) for k in mine for ts in family.GEMM[k].values() for t in ts}
+    assert seen == {(k, t) for k in mine for ts in plan.GEMM[k].values() for t in ts}
 
 
 @routes
 def test_parts_are_merged(route: str) -> None:
-    assert family.split(3 * 19 * 21, 64, 1)[0] > 1
-    assert family.split(3 * 19 * 21, 32, 1)[0] > 1
+    assert plan.split(3 * 19 * 21, 64, 1)[0] > 1
+    assert plan.split(3 * 19 * 21, 32, 1)[0] > 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])

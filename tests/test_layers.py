@@ -18,7 +18,7 @@ PACKAGE = ROOT / "fastres"
 # names below fastres; the first that matches counts, "x.*" also covers x itself.
 LAYERS: list[tuple[str, ...]] = [
     ("_version", "config"),
-    ("kernels._*", "reference", "reference_conv", "kernels"),
+    ("kernels._*", "reference", "reference_conv", "reference_pointwise", "kernels"),
     ("kernels.*",),
     ("_routing", "_convolution", "_cpu"),
     ("_folding", "_inference"),

@@ -18,7 +18,7 @@ from fastres._workload import Call, Spec, workload
 from fastres.cli import main
 from fastres.functional import BatchNorm
 from fastres.kernels import _launch, _tuned
-from fastres.kernels import fused_conv_bn_relu as family
+from fastres.kernels import _pointwise_plan as plan
 from fastres.kernels._launch import ELEMENTWISE, REDUCTION, cut, elementwise, matrix, tile_key
 from fastres.tuning import Tuner
 from tests import aot
@@ -26,7 +26,7 @@ from tests import aot
 GPU, CAPABILITY = "Test GPU", (9, 0)
 WIDEST = ELEMENTWISE[True][-1]  # not the default of 64 channels
 CPU = torch.device("cpu")
-LARGE = family.GEMM["end"][True][1]
+LARGE = plan.GEMM["end"][True][1]
 
 
 def config(kernel="elementwise", key=(1, 6, 6), tile=WIDEST):
@@ -73,19 +73,19 @@ def test_a_table_chooses_the_tile_of_its_shape_class():
 
 def test_a_table_chooses_the_configuration_of_a_product():
     x = activation(n=4, dtype=torch.bfloat16)
-    assert family.tile("end", x, 64, 64) == family.GEMM["end"][True][0]
+    assert plan.tile("end", x, 64, 64) == plan.GEMM["end"][True][0]
     use(configs=[config("end", (1, 0, 8, 6, 6), LARGE)])
-    assert family.tile("end", x, 64, 64) == LARGE
-    assert family.tile("dz", x, 64, 64) == family.GEMM["dz"][True][0]
-    assert family.tile("end", activation(dtype=torch.bfloat16), 64, 64) == family.GEMM["end"][True][0]
-    assert family.tile("end", x, 60, 64) == family.GEMM["end"][True][_tuned.ODD]
+    assert plan.tile("end", x, 64, 64) == LARGE
+    assert plan.tile("dz", x, 64, 64) == plan.GEMM["dz"][True][0]
+    assert plan.tile("end", activation(dtype=torch.bfloat16), 64, 64) == plan.GEMM["end"][True][0]
+    assert plan.tile("end", x, 60, 64) == plan.GEMM["end"][True][_tuned.ODD]
 
 
 def test_a_kernel_added_to_the_products_can_be_chosen(monkeypatch):
     """Also a configuration that is appended; the one for odd sizes serves odd sizes alone."""
-    extra = family.Gemm(256, 128, 64, 8, 3)
+    extra = plan.Gemm(256, 128, 64, 8, 3)
     monkeypatch.setitem(_tuned._FAMILIES, "start", None)
-    gemm = {"start": {True: (*family.GEMM["end"][True], extra), False: family.GEMM["end"][False]}}
+    gemm = {"start": {True: (*plan.GEMM["end"][True], extra), False: plan.GEMM["end"][False]}}
     _tuned.products(gemm)
     assert extra in _tuned.candidates("start", (1, 0, 8, 6, 6))
     odd = gemm["start"][True][_tuned.ODD]
@@ -97,7 +97,7 @@ def test_a_kernel_added_to_the_products_can_be_chosen(monkeypatch):
 
 
 def test_every_product_is_tunable():
-    assert set(family.GEMM) <= set(_tuned._FAMILIES)
+    assert set(plan.GEMM) <= set(_tuned._FAMILIES)
 
 
 def test_what_a_table_may_choose_is_compiled_ahead_of_time():
@@ -108,7 +108,7 @@ def test_what_a_table_may_choose_is_compiled_ahead_of_time():
         for case in (*module.aot_cases(), *getattr(module, "odd_cases", tuple)()):
             sizes = frozenset(v for k, v in case.constants.items() if k in ("BM", "BN", "BC", "BK"))
             compiled.add((sizes, case.options["num_warps"], case.options.get("num_stages")))
-    for kernel, by_storage in family.GEMM.items():
+    for kernel, by_storage in plan.GEMM.items():
         for two in by_storage:
             for odd in (0, 1):
                 for t in _tuned.candidates(kernel, (int(two), odd, 8, 6, 6)):
@@ -521,7 +521,7 @@ def test_kernels_are_found_by_launching_and_tuned(tmp_path):
     assert tuner.run(todo, 300, str) == (2, 0) and tuner.refused == []
     by = {r["kernel"]: r for r in tuner.configs}
     assert set(by["reduction"]["microseconds"]) == {str(list(t)) for t in REDUCTION[True]}
-    assert by["end"]["config"] == list(family.GEMM["end"][False][0])
+    assert by["end"]["config"] == list(plan.GEMM["end"][False][0])
 
 
 def test_command(tmp_path, capsys):

@@ -28,17 +28,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres import reference
+from fastres import reference_pointwise as reference
 from fastres.kernels import _jit as J
 from fastres.kernels._aot import STORAGE, Case, signature
 from fastres.kernels._launch import on
 from fastres.kernels._library import Traffic, applied, register, unwatched
 from fastres.kernels._merge import merge_stats
 from fastres.kernels._pointwise import product
+from fastres.kernels._pointwise_plan import GEMM, precision, tile
 from fastres.kernels._sync import over_group
 from fastres.kernels._triton import tl, triton
 from fastres.kernels.batch_norm import batch_norm_act, batch_norm_backward, batch_norm_reduce
-from fastres.kernels.fused_conv_bn_relu import GEMM, p_sums, precision, tile
+from fastres.kernels.fused_conv_bn_relu import p_sums
 
 __all__ = ["aot_cases", "block_start", "dgrad", "odd_cases", "start_conv"]
 

@@ -34,8 +34,8 @@ from fastres.kernels._aot import STORAGE, Case, signature
 from fastres.kernels._launch import on
 from fastres.kernels._library import Traffic, register
 from fastres.kernels._merge import merge_stats, merge_sums
+from fastres.kernels._pointwise_plan import PROLOGUE, Gemm, Prologue, precision, split
 from fastres.kernels.batch_norm import batch_norm_backward
-from fastres.kernels.fused_conv_bn_relu import _PROLOGUE, Gemm, Prologue, precision, split
 
 __all__ = [
     "TILES",
@@ -222,7 +222,7 @@ def _wgrad_traffic(dy: Tensor, weight: Tensor, x: Tensor, *a: Any) -> Traffic:
 
 
 forward = register(
-    f"conv3x3_forward(Tensor x, {_PROLOGUE}, Tensor weight, int stride, int padding, int dilation, int chunk)"
+    f"conv3x3_forward(Tensor x, {PROLOGUE}, Tensor weight, int stride, int padding, int dilation, int chunk)"
     " -> (Tensor, Tensor)",
     reference=reference.conv3x3_forward,
     triton=_forward,
@@ -238,7 +238,7 @@ statistics = register(
     differentiable=False,
     traffic=lambda partial, *_: Traffic([partial]),
 )
-_BACKWARD = f"Tensor dy, Tensor weight, Tensor x, {_PROLOGUE}, int stride, int padding, int dilation"
+_BACKWARD = f"Tensor dy, Tensor weight, Tensor x, {PROLOGUE}, int stride, int padding, int dilation"
 dgrad = register(
     f"conv3x3_dgrad({_BACKWARD}) -> (Tensor, Tensor, Tensor)",
     reference=reference.conv3x3_dgrad,

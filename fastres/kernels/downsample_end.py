@@ -29,8 +29,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastres import reference
+from fastres import reference_pointwise as reference
 from fastres.kernels import _jit as J
+from fastres.kernels import _pointwise_plan as plan
 from fastres.kernels import fused_conv_bn_relu as ops
 from fastres.kernels._aot import STORAGE, Case, signature
 from fastres.kernels._launch import channels_last, on
@@ -91,12 +92,12 @@ def _end(
     rows = y.shape[0] * hw
     out = torch.empty_like(y)
     bits = torch.empty((rows, (n + 7) // 8) if save else (0, 0), dtype=torch.uint8, device=y.device)
-    t = ops.tile("down", x, n, c)
+    t = plan.tile("down", x, n, c)
     with on(y):
         downsample_end_kernel[(-(-rows // t.m) * -(-n // t.n),)](
             y, mean, var, gamma, beta, eps, x, wf, bias, keep, out, bits, rows, n, c, (n + 7) // 8, hw, y.shape[3],
             *x.shape[2:], AFFINE=gamma is not None, KEEP=keep is not None, BITS=save, STRIDE=stride,
-            PREC=ops.precision(x), BM=t.m, BN=t.n, BK=t.k, num_warps=t.warps, num_stages=t.stages,
+            PREC=plan.precision(x), BM=t.m, BN=t.n, BK=t.k, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
     return out, bits
 
@@ -125,7 +126,7 @@ end = register(
 # -------------------------------------------------------------------------------------------- differentiable
 
 
-_PLAIN = ops.Prologue()  # no norm in front of the downsample
+_PLAIN = plan.Prologue()  # no norm in front of the downsample
 
 
 class Normed(NamedTuple):
@@ -287,10 +288,10 @@ def saving(rows: int, n: int, c: int, full: int, itemsize: int, batch: bool, for
         saved += 4 * (full - read)
     # Matrices the size of the weight and of the covariance.
     saved -= 24 * n * c + 12 * c * c if batch else 8 * n * c
-    saved -= ops.p_workspace(ops.default_tile("plain_p", itemsize, c, n, 0), rows, n, c, 0)
+    saved -= plan.p_workspace(plan.default_tile("plain_p", itemsize, c, n, 0), rows, n, c, 0)
     if not batch:
         return saved, 0
-    workspace, flops = ops.gram_workspace(ops.default_tile("gram", itemsize, c, c), rows, c)
+    workspace, flops = plan.gram_workspace(plan.default_tile("gram", itemsize, c, c), rows, c)
     return saved - workspace, flops + 2 * rows * c * c
 
 
@@ -302,7 +303,7 @@ def _cases(which: tuple[int, ...]) -> Iterator[Case]:
     aligned = [a for a in k.arg_names if a.endswith("_ptr") or a in ("N", "C")]
     flags = dict(AFFINE=True, KEEP=True, BITS=True, PREC="tf32")
     for storage in STORAGE:
-        for t in dict.fromkeys(ops.GEMM["down"][storage != "fp32"][i] for i in which):
+        for t in dict.fromkeys(plan.GEMM["down"][storage != "fp32"][i] for i in which):
             for stride in (1, 2):
                 yield Case(
                     f"down{stride}-{storage}-{t.m}x{t.n}x{t.k}", k, signature(k, storage, {"bits_ptr": "*u8"}),

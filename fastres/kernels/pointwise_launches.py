@@ -9,7 +9,7 @@ from fastres.kernels import _pointwise as fwd
 from fastres.kernels import _pointwise_backward as bwd
 from fastres.kernels._aot import STORAGE, Case, signature
 from fastres.kernels._launch import MERGE
-from fastres.kernels.fused_conv_bn_relu import FOLD, GEMM
+from fastres.kernels._pointwise_plan import FOLD, GEMM
 
 __all__ = ["aot_cases", "odd_cases"]
 
