@@ -66,7 +66,7 @@ def test_routes_of_a_gpu_that_is_not_there(capsys):
 
 def test_routes_on_the_cpu_and_below_the_least_capability(capsys):
     assert main(["routes", "--model", "resnet18", "--size", "64", "--gpu", "cpu"]) == 0
-    assert "27 decisions: 17 aten, 10 winograd" in capsys.readouterr().out
+    assert "30 decisions: 17 aten, 13 winograd" in capsys.readouterr().out
     assert main(["routes", "--model", "resnet18", "--size", "64", "--gpu", "7.5"]) == 0
     text = capsys.readouterr().out
     assert "triton" not in text.replace("Triton", "") and "(7, 5) is below (8, 0)" in text
