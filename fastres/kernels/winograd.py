@@ -110,7 +110,7 @@ def _along(kind: str, tile: int, size: int) -> Tensor:
     return line.view((tile + 2) * tiles, -1)[:, before : before + size]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=32)
 def _table(kind: str, tile: int, shape: tuple[int, int, int], dtype: torch.dtype) -> _Bags:
     """The transform of images [B, H, W] whose rows are pixels on one side and [(tile + 2)^2, B, tiles] on the other.
 
