@@ -27,7 +27,7 @@ WINOGRAD = ("auto", "on", "off")
 # Fitted to measured times of ResNet's 3x3 convolutions; see docs/CPU.md and docs/INFERENCE.md.
 # By side of the tiles: where so many channels share them, the transforms of activations cost as much as the products.
 _TRANSFORMS = {2: 130, 4: 215}
-_PACKING = 25  # of a folded weight, in tiles, by each product
+_PACKING = 40  # of a folded weight, in tiles, by each product
 _WEIGHTS = 50  # as much for transforming the weight besides
 _DIRECT_WEIGHTS = 1.6  # a multiplication of the direct form's weight gradient
 

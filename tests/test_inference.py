@@ -274,7 +274,7 @@ def test_winograd_of_a_folded_weight(size, kind, randn):
 @plain_process
 def test_winograd_where_it_was_measured(randn):
     net = randomize(fastres.ResNet(18, out_indices=(3,))).eval()
-    for batch, expected in ((1, {128: 4, 256: 2}), (8, {128: 4, 256: 4, 512: 4})):
+    for batch, expected in ((1, {128: 4}), (8, {128: 4, 256: 4, 512: 4})):
         x = randn(batch, 3, 224, 224, layout=LAST)
         with torch.no_grad(), functional.record_routes() as log:
             net(x)
@@ -289,11 +289,11 @@ def test_both_tiles_of_one_weight(randn):
     conv = nn.Conv2d(256, 256, 3, padding=1, bias=False)
     norm = randomize(fastres.FusedBatchNorm2d(256)).eval()
     with torch.no_grad():
-        for batch in (1, 8, 1, 8):
+        for batch in (2, 8, 2, 8):
             x = randn(batch, 256, 14, 14, layout=LAST)
             with functional.record_routes() as log:
                 got = _inference.convolve(x, conv, norm.fused(), True)
-            assert f"tiles of {2 if batch == 1 else 4}x" in log[0].reason
+            assert f"tiles of {2 if batch == 2 else 4}x" in log[0].reason
             with functional.winograd("off"):
                 eager = _inference.convolve(x, conv, norm.fused(), True)
             a, b = copy.deepcopy(conv).double(), copy.deepcopy(norm).double()
