@@ -20,9 +20,16 @@ from fastres.kernels._launch import channels_last
 from fastres.kernels._triton import INTERPRET
 from fastres.kernels.folded_conv import Geometry
 
-__all__ = ["WINOGRAD", "obstacle", "winograd", "winograd_parts", "winograd_pays"]
+__all__ = ["WINOGRAD", "obstacle", "folded_tile", "winograd_tiles"]
 
 WINOGRAD = ("auto", "on", "off")
+
+# Fitted to measured times of ResNet's 3x3 convolutions; see docs/CPU.md and docs/INFERENCE.md.
+# By side of the tiles: where so many channels share them, the transforms of activations cost as much as the products.
+_TRANSFORMS = {2: 130, 4: 215}
+_PACKING = 40  # of a folded weight, in tiles, by each product
+_WEIGHTS = 50  # as much for transforming the weight besides
+_DIRECT_WEIGHTS = 1.6  # a multiplication of the direct form's weight gradient
 
 
 class _Setting:
@@ -57,23 +64,46 @@ def obstacle(x: Tensor) -> str:
     return ""
 
 
-def winograd_pays(conv: nn.Conv2d, g: Geometry, out: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether a folded 3x3 convolution to a result of shape ``out`` takes Winograd's form in inference: a rule, from
-    figures in docs/INFERENCE.md."""
+def _tile(shape: tuple[int, ...], narrow: int, fixed: float, direct: float = 1.0) -> int:
+    """Side of the tiles by which a 3x3 convolution of [B, H, W] is expected to be fastest: 2, 4, or 0 for none.
+
+    The expectation counts multiplications a pair of channels; a tile costs (tile + 2)^2, and as much again as its
+    transforms take, which is the more the fewer channels share them.
+
+    Args:
+        shape: B, H, W of the result.
+        narrow: the smaller number of channels.
+        fixed: what the weight costs in each of the products, in tiles.
+        direct: what a multiplication of the direct form costs.
+    """
+    b, h, w = shape
+    best, least = 0, 9 * b * h * w * direct
+    for tile, transforms in _TRANSFORMS.items():
+        tiles = b * (-(-h // tile)) * (-(-w // tile))
+        cost = (tile + 2) ** 2 * (tiles * (1 + transforms / narrow) + fixed)
+        if cost < least:
+            best, least = tile, cost
+    return best
+
+
+def folded_tile(conv: nn.Conv2d, g: Geometry, out: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Side of the tiles by which a folded 3x3 convolution to a result of shape ``out`` takes Winograd's form, or 0.
+    By figures in docs/INFERENCE.md."""
     if _Setting.winograd == "off" or dtype != torch.float32 or conv.kernel_size != (3, 3):
-        return False
+        return 0
     if g != ((1, 1), (1, 1), (1, 1), 1):
-        return False
-    tiles = out[0] * (-(-out[2] // 2)) * (-(-out[3] // 2))
-    return _Setting.winograd == "on" or (tiles >= 128 and min(conv.in_channels, conv.out_channels) >= 256)
+        return 0
+    narrow = min(conv.in_channels, conv.out_channels)
+    tile = _tile((out[0], *out[2:]), narrow, _PACKING)
+    return tile or (2 if _Setting.winograd == "on" else 0)
 
 
-def winograd_parts(conv: nn.Module, x: Tensor, training: bool) -> tuple[bool, bool]:
-    """Whether a convolution, followed by a norm in training or not, takes Winograd's form: for forward and input
-    gradient, and for the weight gradient."""
+def winograd_tiles(conv: nn.Module, x: Tensor, training: bool) -> tuple[int, int]:
+    """Sides of the tiles by which a convolution, followed by a norm in training or not, takes Winograd's form: for
+    forward and input gradient, and for the weight gradient; 0 where it does not."""
     mode = _Setting.winograd
     if mode == "off" or type(conv) is not nn.Conv2d or obstacle(x) or x.shape[1] != conv.in_channels:
-        return False, False
+        return 0, 0
     plain = (
         (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and conv.groups == 1
@@ -84,11 +114,10 @@ def winograd_parts(conv: nn.Module, x: Tensor, training: bool) -> tuple[bool, bo
         and not (conv._backward_hooks or conv._backward_pre_hooks)
     )
     if not plain or not (x.requires_grad or conv.weight.requires_grad):
-        return False, False
-    if mode == "on":
-        return True, True
-    narrow = min(x.shape[1], conv.out_channels)
-    tiles = x.shape[0] * (-(-x.shape[2] // 2)) * (-(-x.shape[3] // 2))
-    if not training or x.dtype != torch.float32 or min(x.shape[2:]) < 4 or tiles < 64:
-        return False, False
-    return narrow >= 256, narrow >= 64
+        return 0, 0
+    narrow, shape = min(x.shape[1], conv.out_channels), (x.shape[0], *x.shape[2:])
+    if mode != "on" and (not training or x.dtype != torch.float32):
+        return 0, 0
+    tile = _tile(shape, narrow, _WEIGHTS)
+    weights = tile or _tile(shape, narrow, _WEIGHTS, _DIRECT_WEIGHTS)
+    return (tile or 2, weights or 2) if mode == "on" else (tile, weights)

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastres import _folding
-from fastres._cpu import winograd_pays
+from fastres._cpu import folded_tile
 from fastres._routing import BatchNorm, decide_folded, decide_pair, get_folding, record
 from fastres.kernels import _tuned
 from fastres.kernels import fused_conv_bn_relu as pointwise_ops
@@ -120,8 +120,8 @@ class _Layer(NamedTuple):
     pointwise: bool
     check: Check | None
 
-    def folded(self, route: str) -> Folded:
-        """The folded weight, kept from the last time."""
+    def folded(self, route: str, tile: int = 0) -> Folded:
+        """The folded weight, kept from the last time; ``tile`` is the side of Winograd's tiles."""
         x, conv, bn = self.x, self.conv, self.bn
         sources = _folding.Sources(conv.weight, conv.bias, None, None, None, None, None, 0.0)
         if bn is not None:
@@ -139,10 +139,10 @@ class _Layer(NamedTuple):
             if route not in _PACKED or _fake(x) or not isfinite(f.weight.sum() + f.bias.sum()):
                 return f
             if route == "winograd":
-                return Folded(winograd_weight(f.weight), f.bias)
+                return Folded(winograd_weight(f.weight, tile), f.bias)
             return pack(f, self.geometry, tuple(x.shape))
 
-        return _folding.get(conv, (route, x.dtype), sources, make)
+        return _folding.get(conv, (route, tile, x.dtype), sources, make)
 
 
 _PACKED = ("onednn", "winograd")  # routes that take a weight in a form of their own
@@ -260,9 +260,12 @@ def convolve(
     if relu and _tuned.routed():
         key = folded_key(x, layer.conv.weight.shape, layer.geometry, other is not None)
     route, reason = decide_folded(op, x, others, pointwise, key)
-    if route == "onednn" and not _fake(x) and winograd_pays(layer.conv, layer.geometry, layer.out, x.dtype):
-        route, reason = "winograd", "CPU: 3x3 in fewer multiplications, weight transformed once"
-    f = layer.folded("triton" if route == "reference" and pointwise and _last(x) else route)
+    tile = 0
+    if route == "onednn" and not _fake(x):
+        tile = folded_tile(layer.conv, layer.geometry, layer.out, x.dtype)
+    if tile:
+        route, reason = "winograd", f"CPU: 3x3 by tiles of {tile}x{tile}, weight transformed once"
+    f = layer.folded("triton" if route == "reference" and pointwise and _last(x) else route, tile)
     g = layer.geometry
     if route in _PACKED and not _fake(x) and f.weight.dim() == 4 and not f.weight.is_mkldnn:
         route, reason = "folded", "the weight is not finite"

@@ -187,15 +187,15 @@ def plain_conv(conv: nn.Module) -> bool:
 
 def _convolve(conv: nn.Module, x: Tensor, bn: BatchNorm) -> Tensor:
     """The module called, or its form on a CPU."""
-    products, weights = _cpu.winograd_parts(conv, x, bn.training)
+    tile, weights = _cpu.winograd_tiles(conv, x, bn.training)
     if not weights:
         if not isinstance(conv, nn.Conv2d) or not plain_conv(conv):
             return conv(x)
         low = cast_weight(conv.weight, x.device)
         return conv(x) if low is None else conv._conv_forward(x, low, None)
     assert isinstance(conv, nn.Conv2d)
-    record("conv", x, "winograd", "cpu: measured" + ("" if products else "; weight gradient only"), (bn,))
-    return winograd_conv(x, conv.weight, products)
+    record("conv", x, "winograd", "cpu: measured" + ("" if tile else "; weight gradient only"), (bn,))
+    return winograd_conv(x, conv.weight, tile, weights)
 
 
 def _conv_keeping_raw(x: Pending, conv: nn.Module) -> Tensor:

@@ -3,7 +3,8 @@
 Each operation is run forward and backward on random data and held against the same computation by PyTorch in float64;
 it may be at most twice as far from that as eager PyTorch is in the dtype under test, plus a floor (the rule of the
 tests). On a GPU the kernels are what is checked; on a CPU the plain-torch operators, or with TRITON_INTERPRET=1 the
-kernels in Triton's interpreter.
+kernels in Triton's interpreter. Convolutions with folded norms are run forward, by the route that inference takes here,
+and held against convolution, norm, addition and ReLU one after the other.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ __all__ = [
     "bn_relu",
     "cases",
     "check",
+    "inference_cases",
     "leaves",
     "stem_pool",
     "worst_ratio",
@@ -36,12 +38,14 @@ FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.b
 
 
 class Case(NamedTuple):
-    """An operation on tensors by name; ``run`` returns its result, gradients are taken of all that require one."""
+    """An operation on tensors by name; ``run`` returns its result, gradients are taken of all that require one, unless
+    it is one of inference."""
 
     name: str
     tensors: dict[str, Tensor]
     run: Callable[[dict[str, Tensor]], Tensor]
     buffers: tuple[str, ...] = ()  # updated in place; compared as results
+    inference: bool = False
 
 
 class Result(NamedTuple):
@@ -83,24 +87,28 @@ def _pointwise(weight: Tensor) -> nn.Conv2d:
     return conv
 
 
+def _rand(
+    g: torch.Generator, device: torch.device, *shape: int, scale: float = 1.0, shift: float = 0.0
+) -> Tensor:
+    return (torch.randn(shape, generator=g) * scale + shift).to(device)
+
+
+def _norm_tensors(g: torch.Generator, device: torch.device, name: str, channels: int) -> dict[str, Tensor]:
+    return {
+        f"{name}.weight": _rand(g, device, channels, scale=0.3, shift=1.0),
+        f"{name}.bias": _rand(g, device, channels, scale=0.3),
+        f"{name}.mean": _rand(g, device, channels, scale=0.2),
+        f"{name}.var": _rand(g, device, channels, scale=0.1).abs() + 0.8,
+    }
+
+
 def cases(
     device: torch.device, small: bool = False, shape: tuple[int, int, int, int] | None = None
 ) -> Iterator[Case]:
     """Every operation, in float32 on ``device``; ``small`` shapes suit the interpreter, ``shape`` sets another."""
     g = torch.Generator().manual_seed(0)
     n, c, h, w = shape or ((2, 8, 5, 6) if small else (4, 48, 13, 14))
-
-    def rand(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-        return (torch.randn(shape, generator=g) * scale + shift).to(device)
-
-    def norm(name: str, channels: int) -> dict[str, Tensor]:
-        return {
-            f"{name}.weight": rand(channels, scale=0.3, shift=1.0),
-            f"{name}.bias": rand(channels, scale=0.3),
-            f"{name}.mean": rand(channels, scale=0.2),
-            f"{name}.var": rand(channels, scale=0.1).abs() + 0.8,
-        }
-
+    rand, norm = partial(_rand, g, device), partial(_norm_tensors, g, device)
     y = rand(n, c, h, w, scale=1.5, shift=0.5)
     other = rand(n, c, h, w)
     both = {**norm("bn", c), **norm("bn2", c)}
@@ -133,6 +141,61 @@ def cases(
         "weight4": rand(wide, wide, 1, 1, scale=wide**-0.5),
     }  # fmt: skip
     yield Case("two bottlenecks, linked", blocks, _linked)
+
+
+def inference_cases(device: torch.device, small: bool = False) -> Iterator[Case]:
+    """Every form of a convolution with its norm folded in, in float32 on ``device``."""
+    g = torch.Generator().manual_seed(0)
+    n, c, h, w = (2, 8, 5, 6) if small else (4, 48, 13, 14)
+    rand, norm = partial(_rand, g, device), partial(_norm_tensors, g, device)
+    square = {**norm("bn", c), "y": rand(n, c, h, w), "weight": rand(c, c, 3, 3, scale=(9 * c) ** -0.5)}
+    yield Case("folded 3x3 + ReLU", square, _folded, inference=True)
+    yield Case("folded 3x3 + ReLU, Winograd's form on a CPU", square, _folded_winograd, inference=True)
+    end = {**square, "weight": rand(c, c, 1, 1, scale=c**-0.5), "identity": rand(n, c, h, w)}
+    yield Case("folded 1x1 + add + ReLU", end, _folded, inference=True)
+    yield Case("folded 3x3 + add + ReLU", {**end, "weight": square["weight"]}, _folded, inference=True)
+    wide = 2 * c
+    pair = {
+        **norm("bn", wide), **norm("bn2", wide), "y": rand(n, c, h, w), "x": rand(n, wide, 2 * h - 1, 2 * w),
+        "weight": rand(wide, c, 1, 1, scale=c**-0.5), "weight2": rand(wide, wide, 1, 1, scale=wide**-0.5),
+    }  # fmt: skip
+    yield Case("folded block end with downsample", pair, _folded_pair, inference=True)
+    stem = {**norm("bn", c), "y": rand(n, 3, 2 * h, 2 * w), "weight": rand(c, 3, 7, 7, scale=147**-0.5)}
+    yield Case("folded stem + pool", stem, _folded_stem, inference=True)
+
+
+def _counted(t: dict[str, Tensor], name: str) -> functional.BatchNorm:
+    """A norm on running statistics that may be folded."""
+    return _norm(t, name, False)._replace(num_batches_tracked=torch.zeros((), dtype=torch.int64))
+
+
+def _conv(weight: Tensor, stride: int = 1) -> nn.Conv2d:
+    """A convolution with this weight as its parameter, which leaves the image's size to the stride."""
+    n, c, k, _ = weight.shape
+    conv = nn.Conv2d(c, n, k, stride, k // 2, bias=False, device="meta")
+    conv.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    return conv
+
+
+def _folded(t: dict[str, Tensor]) -> Tensor:
+    conv, bn = _conv(t["weight"]), _counted(t, "bn")
+    if "identity" in t:
+        return functional.add_relu(functional.conv_bn(t["y"], conv, bn), t["identity"])
+    return functional.conv_bn_relu(t["y"], conv, bn).tensor()
+
+
+def _folded_winograd(t: dict[str, Tensor]) -> Tensor:
+    with functional.winograd("on"):
+        return _folded(t)
+
+
+def _folded_pair(t: dict[str, Tensor]) -> Tensor:
+    branch = functional.conv_bn(t["y"], _conv(t["weight"]), _counted(t, "bn"))
+    return functional.add_relu(branch, functional.conv_bn(t["x"], _conv(t["weight2"], 2), _counted(t, "bn2")))
+
+
+def _folded_stem(t: dict[str, Tensor]) -> Tensor:
+    return functional.max_pool(functional.conv_bn_relu(t["y"], _conv(t["weight"], 2), _counted(t, "bn")))
 
 
 def _plain(t: dict[str, Tensor], training: bool = True) -> Tensor:
@@ -216,6 +279,9 @@ def _cast(
 
 
 def _outcome(case: Case, tensors: dict[str, Tensor], dz: Tensor) -> dict[str, Tensor]:
+    if case.inference:
+        with torch.no_grad():
+            return {"result": case.run(tensors)}
     result = case.run(tensors)
     leaves = {k: t for k, t in tensors.items() if t.requires_grad}
     grads = torch.autograd.grad(result, list(leaves.values()), dz.to(result.dtype))
@@ -230,7 +296,7 @@ def check(
     layout = "channels_last" if memory == torch.channels_last else "NCHW"
     used, worst, what, error = route, 0.0, "", ""
     try:
-        with functional.backend("aten"):
+        with functional.backend("aten"), functional.folding("off"):
             # The gradient that comes in is rounded as the kernels will see it.
             with torch.no_grad():
                 shape = case.run(_cast(case.tensors, dtype, memory, False)).shape
@@ -254,14 +320,14 @@ def check(
 def run(device: torch.device, small: bool = INTERPRET) -> Iterator[Result]:
     """Every case in every dtype and layout that this device's route serves."""
     gpu = device.type == "cuda"
-    route = "triton" if gpu or INTERPRET else "reference"
+    route, inference = ("triton", "triton") if gpu or INTERPRET else ("reference", "auto")
     dtypes = [torch.float32, torch.float16, torch.bfloat16] if gpu else [torch.float32, torch.bfloat16]
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False  # fp32 is checked as fp32
     try:
-        for case in cases(device, small=small):
+        for case in (*cases(device, small=small), *inference_cases(device, small=small)):
             for dtype in dtypes:
                 for memory in (torch.contiguous_format, torch.channels_last):
-                    yield check(case, dtype, memory, route, device)
+                    yield check(case, dtype, memory, inference if case.inference else route, device)
     finally:
         torch.backends.cudnn.allow_tf32 = tf32

@@ -11,13 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastres import functional, selfcheck
+from fastres import _inference, functional, selfcheck
 from fastres.cli import commands_by_name, main
 from fastres.kernels import batch_norm as bn_ops
+from fastres.kernels._triton import INTERPRET
 from fastres.routes import routes
 from tests.tolerance import FLOOR
 
 ROOT = Path(__file__).resolve().parent.parent
+plain_process = pytest.mark.skipif(
+    INTERPRET, reason="Triton interprets in this process, so auto takes its kernels"
+)
 
 
 def test_every_command_has_a_help_line(capsys):
@@ -62,7 +66,7 @@ def test_routes_of_a_gpu_that_is_not_there(capsys):
 
 def test_routes_on_the_cpu_and_below_the_least_capability(capsys):
     assert main(["routes", "--model", "resnet18", "--size", "64", "--gpu", "cpu"]) == 0
-    assert "27 decisions: 17 aten, 10 winograd" in capsys.readouterr().out
+    assert "30 decisions: 17 aten, 13 winograd" in capsys.readouterr().out
     assert main(["routes", "--model", "resnet18", "--size", "64", "--gpu", "7.5"]) == 0
     text = capsys.readouterr().out
     assert "triton" not in text.replace("Triton", "") and "(7, 5) is below (8, 0)" in text
@@ -116,6 +120,33 @@ def test_selfcheck_finds_a_wrong_gradient(capsys, monkeypatch):
     assert "MISS" in text and "gradient of y" in text
 
 
+def folded_results():
+    device = torch.device("cpu")
+    for case in selfcheck.inference_cases(device, small=True):
+        for memory in (torch.contiguous_format, torch.channels_last):
+            yield selfcheck.check(case, torch.float32, memory, "auto", device)
+
+
+@plain_process
+def test_selfcheck_runs_inference_by_its_own_routes():
+    found = list(folded_results())
+    assert all(r.ok for r in found), found
+    assert {r.route for r in found} == {"folded", "onednn", "winograd"}
+
+
+@plain_process
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_selfcheck_finds_a_wrong_folded_weight(part, monkeypatch):
+    right = _inference.fold
+
+    def wrong(*a):
+        f = right(*a)
+        return f._replace(**{part: getattr(f, part) * 1.001})
+
+    monkeypatch.setattr(_inference, "fold", wrong)
+    assert not any(r.ok for r in folded_results())
+
+
 def test_selfcheck_reports_a_kernel_that_raises(capsys, monkeypatch):
     def broken(*args):
         raise RuntimeError("launch failed")
@@ -142,6 +173,10 @@ def test_selfcheck_of_the_kernels_in_the_interpreter():
             for dtype in (torch.float32, torch.bfloat16):
                 r = selfcheck.check(case, dtype, torch.channels_last, "triton", torch.device("cpu"))
                 assert r.ok and r.route == "triton", r
+    for case in selfcheck.inference_cases(torch.device("cpu"), small=True):
+        r = selfcheck.check(case, torch.float32, torch.channels_last, "triton", torch.device("cpu"))
+        product = "1x1" in case.name or "downsample" in case.name
+        assert r.ok and "triton" in r.route.split("+") if product else r.ok, r
 
 
 @pytest.mark.gpu

@@ -268,6 +268,26 @@ def test_mode_changes_cost_one_refold(net, x, monkeypatch):
     assert len(made) == CONVOLUTIONS * 3
 
 
+def test_eval_in_a_loop_compares_and_does_not_fold(net, x, monkeypatch):
+    made = []
+    fold = fastres._inference.fold
+    monkeypatch.setattr(fastres._inference, "fold", lambda *a: (made.append(1), fold(*a))[1])
+    for turn, expected in enumerate((1, 2, 2, 2)):
+        before = infer(net.eval(), x)
+        assert len(made) == expected * CONVOLUTIONS, turn
+    with torch.inference_mode():
+        assert torch.equal(infer(net.eval(), x), before)
+    # What leaves no mark is seen each time, in every tensor that goes into the weight.
+    weight, norm = weights_of(net)
+    for written in (weight, norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        del made[:]
+        written.data.mul_(1.5).add_(0.1)
+        assert not torch.equal(assert_fresh(net.eval(), x), before)
+        assert len(made) == 1
+        before = infer(net.eval(), x)
+        assert len(made) == 1
+
+
 def test_nothing_is_seen_from_outside(net, x):
     keys, attributes = list(net.state_dict()), {n: set(m.__dict__) for n, m in net.named_modules()}
     infer(net, x)

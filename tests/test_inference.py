@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import fastres
-from fastres import _inference, functional
+from fastres import _folding, _inference, functional
 from fastres._registry import MODELS
 from fastres.kernels import folded_conv
 from fastres.kernels._triton import INTERPRET
@@ -274,11 +274,31 @@ def test_winograd_of_a_folded_weight(size, kind, randn):
 @plain_process
 def test_winograd_where_it_was_measured(randn):
     net = randomize(fastres.ResNet(18, out_indices=(3,))).eval()
-    for size, expected in ((64, 0), (224, 6)):
-        x = torch.zeros(8, 3, size, size).contiguous(memory_format=LAST)
+    for batch, expected in ((1, {128: 4}), (8, {128: 4, 256: 4, 512: 4})):
+        x = randn(batch, 3, 224, 224, layout=LAST)
         with torch.no_grad(), functional.record_routes() as log:
             net(x)
-        assert sum(c.route == "winograd" for c in log) == expected
+        found = [c for c in log if c.route == "winograd"]
+        assert {c.shape[1]: int(c.reason.split("tiles of ")[1][0]) for c in found} == expected
+        assert len(found) == 3 * len(expected)
+
+
+@plain_process
+def test_both_tiles_of_one_weight(randn):
+    """A batch of another size may take the other tiles: both forms of the weight are kept."""
+    conv = nn.Conv2d(256, 256, 3, padding=1, bias=False)
+    norm = randomize(fastres.FusedBatchNorm2d(256)).eval()
+    with torch.no_grad():
+        for batch in (2, 8, 2, 8):
+            x = randn(batch, 256, 14, 14, layout=LAST)
+            with functional.record_routes() as log:
+                got = _inference.convolve(x, conv, norm.fused(), True)
+            assert f"tiles of {2 if batch == 2 else 4}x" in log[0].reason
+            with functional.winograd("off"):
+                eager = _inference.convolve(x, conv, norm.fused(), True)
+            a, b = copy.deepcopy(conv).double(), copy.deepcopy(norm).double()
+            assert_close64("winograd", got, eager, b(a(x.double())).relu())
+    assert _folding.count(conv) == 3
 
 
 @plain_process

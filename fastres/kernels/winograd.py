@@ -1,28 +1,36 @@
-"""Winograd's form of a 3x3 convolution, stride 1, padding 1, on a CPU: matrix products of ATen.
+"""Winograd's form of a 3x3 convolution, stride 1, padding 1, on a CPU: sums of rows and matrix products of ATen.
 
-A 2x2 tile of the output takes 36 multiplications a channel pair directly and 16 here:
+A tile of m x m results takes 9 m^2 multiplications a channel pair directly and (m + 2)^2 here: 36 and 16 for m = 2,
+144 and 36 for m = 4.
 
-    forward     Y = A^T [ (B^T d B) . (G g G^T) ] A         d: 4x4 patch of the input, g: the 3x3 weights, Y: 2x2
-                the sum over input channels turns the 16 products . into 16 matrix products [tiles, C] [C, N]
-    backward    dx  the same with the weights turned by 180 degrees and transposed; that turn only permutes the 16
-                matrices G g G^T
+    forward     Y = A^T [ (B^T d B) . (G g G^T) ] A         d: patch of the input, g: the 3x3 weights, Y: m x m
+                the sum over input channels turns the products . into (m + 2)^2 matrix products [tiles, C] [C, N]
+    backward    dx  the same with the weights turned by 180 degrees and transposed
                 dg = G^T [ sum over tiles (A dY A^T) . (B^T d B) ] G
+    transforms  of activations: each row of the result is a weighted sum of a few rows [C] of the operand, by a table
+                that depends on the image's size alone. ``embedding_bag`` is that sum, in one pass and with its terms in
+                registers; padding, cut tiles and the layout of the result are all in the table
     saved       x and the weight, as the convolution itself
-    rounding    float32 throughout. The transforms only add; the products' sums are 9 times shorter than the direct
-                form's. Measured against float64 it is the more exact of the two (docs/CPU.md)
-    traffic     the transformed patches are four times the input; they are made for a few images at a time, so that
-                they stay in the cache, in buffers that are reused
-    inference   ``winograd_folded``: the 16 matrices of a folded weight are made once, and bias, addition and ReLU
-                follow in place
-    source      A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308, F(2x2, 3x3)
+    rounding    float32 throughout. The products' sums are 9 times shorter than the direct form's. With m = 2 the
+                transforms only add and the form is the more exact of the two. With m = 4 it depends on the points of
+                interpolation: 0, +-3/4, +-11/8 lose five times less than the usual 0, +-1, +-2 (docs/CPU.md)
+    traffic     the transformed patches are (m + 2)^2 / m^2 times the input; they are made for a few images at a time,
+                so that they stay in the cache
+    inference   ``winograd_folded``: the matrices of a folded weight are made once; the bias is a row that every sum
+                of the last transform takes in; addition and ReLU follow in place
+    source      A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308; matrices for
+                given points by A. Toom's and S. Cook's interpolation
 
 Sums are taken in a fixed order: two runs agree bit for bit.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import Any
+from fractions import Fraction
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,148 +39,168 @@ from fastres.kernels._library import Traffic, register
 
 __all__ = ["winograd", "winograd_folded", "winograd_weight"]
 
-_G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
-_TURNED = (3, 1, 2, 0)  # rows of G on a kernel read backwards
-_CACHED = 1 << 20  # values of transformed patches at a time: 4 MB
-_TILES = 256  # and at least so many rows in a product
+_POINTS = {2: (0, 1, -1), 4: (0, Fraction(3, 4), Fraction(-3, 4), Fraction(11, 8), Fraction(-11, 8))}
+_ROWS = 400  # tiles of a step, about: rows of its matrix products
 
 
-def _transform(like: Tensor, turned: bool = False) -> Tensor:
-    """[16, 9]: from a 3x3 kernel to G g G^T, or that of the kernel turned by 180 degrees."""
-    g = like.new_tensor(_G)
-    g = g[list(_TURNED)] if turned else g
-    return torch.kron(g, g)
+class _Matrices(NamedTuple):
+    """Float64: A [k, m], G [k, 3], B^T [k, k] of tiles of m, where k = m + 2."""
+
+    a: Tensor
+    g: Tensor
+    bt: Tensor
 
 
-def _weights(weight: Tensor, turned: bool) -> Tensor:
-    """[N, C, 3, 3] to [16, N, C]."""
+class _Bags(NamedTuple):
+    """Weighted sums of rows: result i sums values[j] * rows[columns[j]] over offsets[i] <= j < offsets[i + 1]."""
+
+    offsets: Tensor
+    columns: Tensor
+    values: Tensor
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[rows, C] to [results, C]."""
+        return torch.embedding_bag(
+            rows, self.columns, self.offsets, mode=0, per_sample_weights=self.values, include_last_offset=True
+        )[0]
+
+
+def _times(polynomial: list[Fraction], root: Fraction) -> list[Fraction]:
+    """Coefficients, lowest first, times (x - root)."""
+    return [
+        low - root * c for low, c in zip([Fraction(0), *polynomial], [*polynomial, Fraction(0)], strict=True)
+    ]
+
+
+@functools.cache
+def _matrices(tile: int) -> _Matrices:
+    points = [Fraction(p) for p in _POINTS[tile]]  # and infinity, last in each matrix
+
+    def others(p: Fraction) -> list[Fraction]:
+        return [q for q in points if q != p]
+
+    last = [Fraction(0)]
+    a = [[p**i for i in range(tile)] for p in points] + [last * (tile - 1) + [Fraction(1)]]
+    g = [[p**i / prod(p - q for q in others(p)) for i in range(3)] for p in points] + [
+        last * 2 + [Fraction(1)]
+    ]
+    bt = [functools.reduce(_times, others(p), [Fraction(1)]) + last for p in points]
+    bt.append(functools.reduce(_times, points, [Fraction(1)]))
+    wide = [[[float(v) for v in row] for row in matrix] for matrix in (a, g, bt)]
+    return _Matrices(*(torch.tensor(m, dtype=torch.float64, device="cpu") for m in wide))
+
+
+def _weights(weight: Tensor, tile: int, turned: bool) -> Tensor:
+    """[N, C, 3, 3], perhaps turned by 180 degrees, to [(tile + 2)^2, N, C]."""
     n, c = weight.shape[:2]
-    taps = weight.permute(2, 3, 0, 1).reshape(9, n * c)
-    return (_transform(weight, turned) @ taps).view(16, n, c)
+    g = _matrices(tile).g.to(weight)
+    g = g.flip(1) if turned else g
+    return (torch.kron(g, g) @ weight.permute(2, 3, 0, 1).reshape(9, n * c)).view(-1, n, c)
 
 
-def _combine(v: Tensor, out: Tensor) -> None:
-    """B^T along the first of the four rows."""
-    torch.sub(v[0], v[2], out=out[0])
-    torch.add(v[1], v[2], out=out[1])
-    torch.sub(v[2], v[1], out=out[2])
-    torch.sub(v[1], v[3], out=out[3])
+def _along(kind: str, tile: int, size: int) -> Tensor:
+    """One axis: [(tile + 2) tiles, size] from the pixels of a line to the patches of its tiles, through B^T, or to its
+    tiles, through A. ``outputs`` goes the other way by the same numbers as ``gradients``."""
+    m = _matrices(tile)
+    tiles = -(-size // tile)
+    matrix, before = (m.bt, 1) if kind == "patches" else (m.a, 0)  # a patch begins a pixel before its tile
+    line = torch.zeros(tile + 2, tiles, tiles * tile + 2, dtype=torch.float64, device="cpu")
+    for i in range(tiles):
+        line[:, i, i * tile : i * tile + matrix.shape[1]] = matrix
+    return line.view((tile + 2) * tiles, -1)[:, before : before + size]
 
 
-class _Tiles:
-    """The images of a channels_last batch, cut into tiles of 2x2 a few images at a time."""
+@functools.lru_cache(maxsize=32)
+def _table(kind: str, tile: int, shape: tuple[int, int, int], dtype: torch.dtype) -> _Bags:
+    """The transform of images [B, H, W] whose rows are pixels on one side and [(tile + 2)^2, B, tiles] on the other.
 
-    def __init__(self, x: Tensor, widest: int) -> None:
-        self.b, self.c, self.h, self.w = x.shape
-        self.down, self.across = (self.h + 1) // 2, (self.w + 1) // 2
-        tiles = self.down * self.across
-        self.images = min(self.b, max(-(-_TILES // tiles), _CACHED // (16 * tiles * widest), 1))
-        self.tiles = tiles * self.images  # rows of the largest step
-        self.even = (2 * self.down, 2 * self.across) == (self.h, self.w)
+    Args:
+        kind: ``patches`` (B^T d B), ``gradients`` (A dY A^T), ``outputs`` (A^T M A) or ``biased``, which takes in one
+            more row, behind the others.
+        tile: m.
+        shape: B, H, W.
+        dtype: of the values.
+    """
+    b, h, w = shape
+    k, down, across = tile + 2, -(-h // tile), -(-w // tile)
+    with torch.inference_mode(False), torch.device("cpu"):
+        lines = [_along(kind, tile, size) for size in (h, w)]
+        (i, y), (j, x) = (line.nonzero().unbind(1) for line in lines)
+        values = (lines[0][i, y][:, None] * lines[1][j, x]).flatten().repeat(b)
+        image = torch.arange(b)[:, None, None]
+        i, y = i[:, None], y[:, None]
+        # Of pair (i, j) of spots: which product it is in, and where there.
+        place = (i // down * k + j // across, (i % down) * across + j % across)
+        spots = ((place[0] * b + image) * (down * across) + place[1]).flatten()
+        pixels = ((image * h + y) * w + x).flatten()
+        count, inner = b * h * w, b * k * k * down * across
+        rows, columns = (pixels, spots) if kind in ("outputs", "biased") else (spots, pixels)
+        if kind == "biased":
+            rows, columns = (
+                torch.cat((rows, torch.arange(count))),
+                torch.cat((columns, torch.full((count,), inner))),
+            )
+            values = torch.cat((values, values.new_ones(count)))
+        results = count if kind in ("outputs", "biased") else inner
+        order = rows.argsort(stable=True)
+        offsets = torch.zeros(results + 1, dtype=torch.int32)
+        offsets[1:] = rows.bincount(minlength=results).cumsum(0)
+        return _Bags(offsets, columns[order].int(), values[order].to(dtype))
 
-    def steps(self) -> Iterator[tuple[slice, int]]:
-        """The images of each step and their tiles."""
+
+class _Steps:
+    """The images of a channels_last batch [B, C, H, W], a few at a time, as rows of C."""
+
+    def __init__(self, like: Tensor, tile: int) -> None:
+        self.b, _, self.h, self.w = like.shape
+        self.tile, self.products = tile, (tile + 2) ** 2
+        self.tiles = -(-self.h // tile) * -(-self.w // tile)
+        steps = -(-self.b // max(1, _ROWS // self.tiles))
+        self.images = -(-self.b // steps)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """First image and number of images of each step."""
         for i in range(0, self.b, self.images):
-            last = min(i + self.images, self.b)
-            yield slice(i, last), (last - i) * self.down * self.across
+            yield i, min(self.images, self.b - i)
 
-    def shape(self, tiles: int) -> tuple[int, int, int]:
-        return tiles // (self.down * self.across), self.down, self.across
+    def rows(self, x: Tensor, first: int, count: int) -> Tensor:
+        """[count H W, C]: the pixels of these images."""
+        return x[first : first + count].permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
-
-class _Patches:
-    """B^T d B of the 4x4 patches around each tile."""
-
-    def __init__(self, x: Tensor, t: _Tiles) -> None:
-        self.x, self.t = x.permute(0, 2, 3, 1), t
-        c = x.shape[1]
-        self.padded = x.new_zeros(t.images, 2 * t.down + 2, 2 * t.across + 2, c)
-        self.half, self.out = x.new_empty(16 * t.tiles * c), x.new_empty(16 * t.tiles * c)
-
-    def __call__(self, images: slice, tiles: int) -> Tensor:
-        """[16, tiles, C]."""
-        t, p, c = self.t, self.padded, self.t.c
-        p = p[: images.stop - images.start]
-        p[:, 1 : t.h + 1, 1 : t.w + 1].copy_(self.x[images])
-        s, shape = p.stride(), (4, 4, *t.shape(tiles), c)
-        patches = p.as_strided(shape, (s[1], s[2], s[0], 2 * s[1], 2 * s[2], 1))
-        half, out = (v[: 16 * tiles * c].view(shape) for v in (self.half, self.out))
-        _combine(patches, half)
-        _combine(half.transpose(0, 1), out.transpose(0, 1))
-        return out.view(16, tiles, c)
-
-
-class _Outputs:
-    """A^T m A of each tile, written to the output."""
-
-    def __init__(self, out: Tensor, t: _Tiles) -> None:
-        self.out, self.t = out.permute(0, 2, 3, 1), t
-        self.half = out.new_empty(8 * t.tiles * out.shape[1])
-        self.spare = None if t.even else out.new_empty(t.images, 2 * t.down, 2 * t.across, out.shape[1])
-
-    def __call__(self, m: Tensor, images: slice, tiles: int) -> None:
-        t, n = self.t, m.shape[2]
-        count = images.stop - images.start
-        m = m.view(4, 4, tiles * n)
-        half = self.half[: 8 * tiles * n].view(2, 4, tiles * n)
-        torch.add(m[0], m[1], out=half[0]).add_(m[2])
-        torch.sub(m[1], m[2], out=half[1]).sub_(m[3])
-        half = half.view(2, 4, *t.shape(tiles), n)
-        y = self.out[images] if self.spare is None else self.spare[:count]
-        y = y.view(count, t.down, 2, t.across, 2, n)
-        for i in range(2):
-            torch.add(half[i, 0], half[i, 1], out=y[:, :, i, :, 0]).add_(half[i, 2])
-            torch.sub(half[i, 1], half[i, 2], out=y[:, :, i, :, 1]).sub_(half[i, 3])
-        if self.spare is not None:
-            self.out[images].copy_(self.spare[:count, : t.h, : t.w])
-
-
-class _Gradients:
-    """A dY A^T of each tile."""
-
-    def __init__(self, dy: Tensor, t: _Tiles) -> None:
-        self.dy, self.t = dy.permute(0, 2, 3, 1), t
-        n = dy.shape[1]
-        self.spare = None if t.even else dy.new_zeros(t.images, 2 * t.down, 2 * t.across, n)
-        self.half, self.out = dy.new_empty(8 * t.tiles * n), dy.new_empty(16 * t.tiles * n)
-
-    def __call__(self, images: slice, tiles: int) -> Tensor:
-        """[16, tiles, N]."""
-        t, n, count = self.t, self.dy.shape[3], images.stop - images.start
-        dy = self.dy[images]
-        if self.spare is not None:
-            dy = self.spare[:count]
-            dy[:, : t.h, : t.w].copy_(self.dy[images])
-        d = dy.view(count, t.down, 2, t.across, 2, n)
-        half = self.half[: 8 * tiles * n].view(4, 2, *t.shape(tiles), n)
-        out = self.out[: 16 * tiles * n].view(4, 4, *t.shape(tiles), n)
-        for j in range(2):
-            _spread(d[:, :, 0, :, j], d[:, :, 1, :, j], half[:, j])
-        for i in range(4):
-            _spread(half[i, 0], half[i, 1], out[i])
-        return out.view(16, tiles, n)
-
-
-def _spread(first: Tensor, second: Tensor, out: Tensor) -> None:
-    """A along two values."""
-    out[0].copy_(first)
-    torch.add(first, second, out=out[1])
-    torch.sub(first, second, out=out[2])
-    torch.neg(second, out=out[3])
+    def __call__(self, kind: str, x: Tensor, first: int, count: int) -> Tensor:
+        """[(tile + 2)^2, tiles, C]: ``patches`` or ``gradients`` of these images."""
+        bags = _table(kind, self.tile, (count, self.h, self.w), x.dtype)
+        return bags(self.rows(x, first, count)).view(self.products, -1, x.shape[1])
 
 
 def _dense(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def _product(x: Tensor, weight: Tensor, backward: bool) -> Tensor:
-    u = _weights(weight, turned=backward)
-    return _tiled(_dense(x), u if backward else u.transpose(1, 2))
+def _tiled(x: Tensor, u: Tensor, tile: int, bias: Tensor | None = None) -> Tensor:
+    """The convolution of x, channels_last, by the matrices u [(tile + 2)^2, C, N]."""
+    steps, n = _Steps(x, tile), u.shape[2]
+    parts = []
+    for first, count in steps:
+        rows = steps.products * steps.tiles * count
+        products = x.new_empty(rows + (bias is not None), n)
+        if bias is not None:
+            products[rows] = bias
+        torch.bmm(steps("patches", x, first, count), u, out=products[:rows].view(steps.products, -1, n))
+        kind = "outputs" if bias is None else "biased"
+        parts.append(_table(kind, tile, (count, steps.h, steps.w), x.dtype)(products))
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return _dense(y.view(steps.b, steps.h, steps.w, n).permute(0, 3, 1, 2))
 
 
-def winograd_weight(weight: Tensor) -> Tensor:
-    """[N, C, 3, 3] as :func:`winograd_folded` takes it: [16, C, N]."""
-    return _weights(weight, turned=False).transpose(1, 2).contiguous()
+def _product(x: Tensor, weight: Tensor, backward: bool, tile: int) -> Tensor:
+    u = _weights(weight, tile, turned=backward)
+    return _tiled(_dense(x), u if backward else u.transpose(1, 2), tile)
+
+
+def winograd_weight(weight: Tensor, tile: int) -> Tensor:
+    """[N, C, 3, 3] as :func:`winograd_folded` takes it for tiles of ``tile``: [(tile + 2)^2, C, N]."""
+    return _weights(weight, tile, turned=False).transpose(1, 2).contiguous()
 
 
 def winograd_folded(x: Tensor, u: Tensor, bias: Tensor, other: Tensor | None, relu: bool) -> Tensor:
@@ -180,84 +208,70 @@ def winograd_folded(x: Tensor, u: Tensor, bias: Tensor, other: Tensor | None, re
 
     Args:
         x: [B, C, H, W], channels_last, float32.
-        u: the weight [16, C, N], from :func:`winograd_weight`.
+        u: the weight, from :func:`winograd_weight`.
         bias: [N].
         other: [B, N, H, W], or None.
         relu: end in a ReLU.
     """
-    y = _tiled(x, u).add_(bias.view(1, -1, 1, 1))
+    y = _tiled(x, u, 2 if len(u) == 16 else 4, bias)
     y = y if other is None else y.add_(other)
     return y.relu_() if relu else y
 
 
-def _tiled(x: Tensor, u: Tensor) -> Tensor:
-    n = u.shape[2]
-    t = _Tiles(x, max(n, x.shape[1]))
-    b, _, h, w = x.shape
-    out = torch.empty((b, n, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    patches, outputs = _Patches(x, t), _Outputs(out, t)
-    product = x.new_empty(16 * t.tiles * n)
-    for images, tiles in t.steps():
-        m = product[: 16 * tiles * n].view(16, tiles, n)
-        outputs(torch.bmm(patches(images, tiles), u, out=m), images, tiles)
-    return out
-
-
-def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, tile: int) -> Tensor:
     x, dy = _dense(x), _dense(dy)
     n, c = weight.shape[:2]
-    t = _Tiles(x, max(n, c))
-    patches, gradients = _Patches(x, t), _Gradients(dy, t)
-    sums = x.new_zeros(16, n, c)
-    for images, tiles in t.steps():
-        sums.baddbmm_(gradients(images, tiles).transpose(1, 2), patches(images, tiles))
-    taps = (_transform(x).t() @ sums.view(16, n * c)).view(3, 3, n, c)
+    steps = _Steps(x, tile)
+    sums = x.new_zeros(steps.products, n, c)
+    for first, count in steps:
+        sums.baddbmm_(steps("gradients", dy, first, count).transpose(1, 2), steps("patches", x, first, count))
+    g = _matrices(tile).g.to(x)
+    taps = (torch.kron(g, g).t() @ sums.view(-1, n * c)).view(3, 3, n, c)
     return torch.empty_like(weight).copy_(taps.permute(2, 3, 0, 1))
 
 
-def _fake(x: Tensor, weight: Tensor, backward: bool) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, backward: bool, tile: int) -> Tensor:
     b, _, h, w = x.shape
     n = weight.shape[1 if backward else 0]
     return torch.empty((b, n, h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _flops(x: Tensor, weight: Tensor) -> int:
-    """Of the products: 16 for a tile of four results and a pair of channels, in place of 36."""
-    return 8 * (x.numel() // x.shape[1]) * weight.shape[0] * weight.shape[1]
+def _flops(x: Tensor, weight: Tensor, tile: int) -> int:
+    """Of the products: (tile + 2)^2 for a tile and a pair of channels, in place of 9 tile^2."""
+    return 2 * (tile + 2) ** 2 * (x.numel() // x.shape[1]) * weight[..., 0, 0].numel() // tile**2
 
 
 product = register(
-    "winograd(Tensor x, Tensor weight, bool backward) -> Tensor",
+    "winograd(Tensor x, Tensor weight, bool backward, int tile) -> Tensor",
     reference=_product,
     triton=_product,
     fake=_fake,
-    traffic=lambda x, weight, backward: Traffic(
-        [x, weight], flops=8 * (x.numel() // x.shape[1]) * weight[..., 0, 0].numel()
-    ),
+    traffic=lambda x, weight, backward, tile: Traffic([x, weight], flops=_flops(x, weight, tile)),
 )
 weight_gradient = register(
-    "winograd_weight(Tensor x, Tensor dy, Tensor weight) -> Tensor",
+    "winograd_weight(Tensor x, Tensor dy, Tensor weight, int tile) -> Tensor",
     reference=_weight_gradient,
     triton=_weight_gradient,
-    fake=lambda x, dy, weight: torch.empty_like(weight),
-    traffic=lambda x, dy, weight: Traffic([x, dy], flops=_flops(x, weight)),
+    fake=lambda x, dy, weight, tile: torch.empty_like(weight),
+    traffic=lambda x, dy, weight, tile: Traffic([x, dy], flops=_flops(x, weight, tile)),
 )
 
 
 class _Winograd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, products: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tile: int, weights: int) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.products = products
-        return product(x, weight, False) if products else torch.conv2d(x, weight, padding=1)
+        ctx.tiles = tile, weights
+        return product(x, weight, False, tile) if tile else torch.conv2d(x, weight, padding=1)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
+        tile, weights = ctx.tiles
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = product(dy, weight, True) if ctx.products else _direct_dgrad(dy, x, weight)
-        return dx, weight_gradient(x, dy, weight) if ctx.needs_input_grad[1] else None, None
+            dx = product(dy, weight, True, tile) if tile else _direct_dgrad(dy, x, weight)
+        return dx, weight_gradient(x, dy, weight, weights) if ctx.needs_input_grad[1] else None, None, None
 
 
 def _direct_dgrad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -266,15 +280,16 @@ def _direct_dgrad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.aten.convolution_backward(dy, x, weight, None, one, one, one, False, [0, 0], 1, mask)[0]
 
 
-def winograd(x: Tensor, weight: Tensor, products: bool = True) -> Tensor:
+def winograd(x: Tensor, weight: Tensor, tile: int, weights: int) -> Tensor:
     """``conv2d(x, weight, padding=1)``, differentiable once.
 
     Args:
         x: [B, C, H, W], channels_last, float32 or float64.
         weight: [N, C, 3, 3], of the same dtype.
-        products: False: the weight gradient alone is made in Winograd's form; forward and dx by PyTorch's convolution.
+        tile: 2 or 4: forward and dx by tiles of that size; 0: by PyTorch's convolution.
+        weights: 2 or 4: the weight gradient by tiles of that size.
 
     Returns:
         [B, N, H, W], channels_last.
     """
-    return _Winograd.apply(x, weight, products)
+    return _Winograd.apply(x, weight, tile, weights)
