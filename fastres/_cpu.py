@@ -26,9 +26,10 @@ WINOGRAD = ("auto", "on", "off")
 
 # Fitted to measured times of ResNet's 3x3 convolutions; see docs/CPU.md and docs/INFERENCE.md.
 # By side of the tiles: where so many channels share them, the transforms of activations cost as much as the products.
-_TRANSFORMS = {2: 130, 4: 215}
-_PACKING = 40  # of a folded weight, in tiles, by each product
-_WEIGHTS = 50  # as much for transforming the weight besides
+_TRANSFORMS = {2: 130, 4: 160}
+_PACKING = {2: 25, 4: 25}  # of a folded weight, in tiles, by each product
+_WEIGHTS = {2: 50, 4: 150}  # for transforming the weight besides, which for tiles of 4 no cache holds
+_NARROWEST = {2: 1, 4: 48}  # with fewer channels the direct form is too exact for tiles of 4
 _DIRECT_WEIGHTS = 1.6  # a multiplication of the direct form's weight gradient
 
 
@@ -64,7 +65,7 @@ def obstacle(x: Tensor) -> str:
     return ""
 
 
-def _tile(shape: tuple[int, ...], narrow: int, fixed: float, direct: float = 1.0) -> int:
+def _tile(shape: tuple[int, ...], narrow: int, fixed: dict[int, int], direct: float = 1.0) -> int:
     """Side of the tiles by which a 3x3 convolution of [B, H, W] is expected to be fastest: 2, 4, or 0 for none.
 
     The expectation counts multiplications a pair of channels; a tile costs (tile + 2)^2, and as much again as its
@@ -73,15 +74,15 @@ def _tile(shape: tuple[int, ...], narrow: int, fixed: float, direct: float = 1.0
     Args:
         shape: B, H, W of the result.
         narrow: the smaller number of channels.
-        fixed: what the weight costs in each of the products, in tiles.
+        fixed: what the weight costs in each of the products, in tiles; by the side of the tiles.
         direct: what a multiplication of the direct form costs.
     """
     b, h, w = shape
     best, least = 0, 9 * b * h * w * direct
     for tile, transforms in _TRANSFORMS.items():
         tiles = b * (-(-h // tile)) * (-(-w // tile))
-        cost = (tile + 2) ** 2 * (tiles * (1 + transforms / narrow) + fixed)
-        if cost < least:
+        cost = (tile + 2) ** 2 * (tiles * (1 + transforms / narrow) + fixed[tile])
+        if cost < least and narrow >= _NARROWEST[tile]:
             best, least = tile, cost
     return best
 

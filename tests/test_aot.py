@@ -33,6 +33,8 @@ SPILL_3_6_0 = {
     "pool.pool_backward_kernel-bf16-nchw-16x256-sm_100",
     "block_start.dgrad2-fp16-128x64x64-sm_100",
     "block_start.dgrad2-bf16-128x64x64-sm_100",
+    "pointwise_launches.plain_p1-fp16-128x128x32-sm_100",
+    "pointwise_launches.plain_p1-bf16-128x128x32-sm_100",
     "pointwise_launches.gram1-fp32-64x64x32-sm_100",
     "pointwise_launches.dz1-bf16-128x64x64-sm_100",
     "pointwise_launches.dz1-fp16-128x128x64-sm_80",
