@@ -144,6 +144,8 @@ def _operand(p: Pending) -> Tensor | str:
     source = p.x.out if isinstance(p.x, Linked) else p.x
     if isinstance(source, Pending):
         source = source.tensor() if source._z is not None or not source.relu else source.raw()
+    if not isinstance(source, Tensor):
+        return "input is no tensor"  # the convolution will tell
     device = source.device.type
     if source.dim() != 4 or not source.numel() or not channels_last(source):
         return "input is not channels_last"

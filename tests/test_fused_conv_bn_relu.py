@@ -353,7 +353,7 @@ def test_the_anchor_does_not_matter(route: str) -> None:
     with on(route) as device, poison():
         x = torch.randn(3, 8, 5, 4, device=device).contiguous(memory_format=LAST)
         dout = torch.randn(3, 16, 5, 4, device=device).contiguous(memory_format=LAST)
-        weight, front = torch.randn(16, 8, 1, 1, device=device), family.Prologue()
+        weight, front = torch.randn(16, 8, 1, 1, device=device), plan.Prologue()
         mu, cov, _ = family.moments(x, *front, 1)
         _, _, mean, var, wcov = family.fold(
             weight, x, mu, cov, None, None, 1e-5, None, None, None, None, 0.0, 60
