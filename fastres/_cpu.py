@@ -2,7 +2,8 @@
 
 In training ``auto`` takes ATen's operators on a CPU, except that 3x3 convolutions of stride 1 take Winograd's form, or
 their weight gradient alone does, where that is faster by the figures of docs/CPU.md. It needs channels_last, gradients
-enabled, no autocast; ``auto`` takes it for float32 and batch statistics only. ``backend("aten")`` turns it off, and
+enabled, no autocast; ``auto`` takes it for float32 and batch statistics only, and on processors with AVX2 but not
+AVX-512, where it was measured. ``backend("aten")`` turns it off, and
 ``winograd("on" | "off")`` or FASTRES_WINOGRAD says so alone. Folded convolutions have a rule of their own.
 """
 
@@ -34,9 +35,16 @@ _DIRECT_WEIGHTS = 1.6  # a multiplication of the direct form's weight gradient
 
 
 class _Setting:
+    # The instructions that the rules were measured with. With AVX-512 oneDNN's direct form is 2.5 times as fast as the
+    # batched products of PyTorch (docs/CPU.md), and elsewhere nobody has measured.
+    measured: bool = torch.backends.cpu.get_cpu_capability() == "AVX2"
     winograd: str = _routing._known(
         os.environ.get("FASTRES_WINOGRAD", "").lower() or "auto", "FASTRES_WINOGRAD", WINOGRAD
     )
+
+
+def _off() -> bool:
+    return _Setting.winograd == "off" or _Setting.winograd == "auto" and not _Setting.measured
 
 
 @contextmanager
@@ -90,7 +98,7 @@ def _tile(shape: tuple[int, ...], narrow: int, fixed: dict[int, int], direct: fl
 def folded_tile(conv: nn.Conv2d, g: Geometry, out: tuple[int, ...], dtype: torch.dtype) -> int:
     """Side of the tiles by which a folded 3x3 convolution to a result of shape ``out`` takes Winograd's form, or 0.
     By figures in docs/INFERENCE.md."""
-    if _Setting.winograd == "off" or dtype != torch.float32 or conv.kernel_size != (3, 3):
+    if _off() or dtype != torch.float32 or conv.kernel_size != (3, 3):
         return 0
     if g != ((1, 1), (1, 1), (1, 1), 1):
         return 0
@@ -103,7 +111,7 @@ def winograd_tiles(conv: nn.Module, x: Tensor, training: bool) -> tuple[int, int
     """Sides of the tiles by which a convolution, followed by a norm in training or not, takes Winograd's form: for
     forward and input gradient, and for the weight gradient; 0 where it does not."""
     mode = _Setting.winograd
-    if mode == "off" or type(conv) is not nn.Conv2d or obstacle(x) or x.shape[1] != conv.in_channels:
+    if _off() or type(conv) is not nn.Conv2d or obstacle(x) or x.shape[1] != conv.in_channels:
         return 0, 0
     plain = (
         (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))

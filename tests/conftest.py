@@ -47,6 +47,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
+def _same_rule_on_every_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` on a CPU as with AVX2, whatever runs the tests."""
+    from fastres import _cpu
+
+    monkeypatch.setattr(_cpu._Setting, "measured", True)
+
+
+@pytest.fixture(autouse=True)
 def same_start() -> Iterator[None]:
     """Every test starts from the same random state and leaves torch's global switches as it found them."""
     random.seed(SEED)
