@@ -201,6 +201,7 @@ def main(argv: list[str] | None = None) -> int:
                 device, DTYPES[args.dtype]
             )
             rows = []
+            torch._dynamo.reset()  # else the cases share one limit of recompilations
             same = dict(case=model, batch=batch, size=args.size, dtype=args.dtype, mode="infer")
             for row in measure(model, x, args.compile, args.budget):
                 rows.append(writer.row(**same, **row))
