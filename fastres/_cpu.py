@@ -3,8 +3,8 @@
 In training ``auto`` takes ATen's operators on a CPU, except that 3x3 convolutions of stride 1 take Winograd's form, or
 their weight gradient alone does, where that is faster by the figures of docs/CPU.md. It needs channels_last, gradients
 enabled, no autocast; ``auto`` takes it for float32 and batch statistics only, and on processors with AVX2 but not
-AVX-512, where it was measured. ``backend("aten")`` turns it off, and
-``winograd("on" | "off")`` or FASTRES_WINOGRAD says so alone. Folded convolutions have a rule of their own.
+AVX-512. ``backend("aten")`` turns it off, and ``winograd("on" | "off")`` or FASTRES_WINOGRAD says so alone. Folded
+convolutions have a rule of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,26 +26,34 @@ __all__ = ["WINOGRAD", "obstacle", "folded_tile", "winograd_tiles"]
 
 WINOGRAD = ("auto", "on", "off")
 
-# Fitted to measured times of ResNet's 3x3 convolutions; see docs/CPU.md and docs/INFERENCE.md.
-# By side of the tiles: where so many channels share them, the transforms of activations cost as much as the products.
-_TRANSFORMS = {2: 130, 4: 160}
-_PACKING = {2: 25, 4: 25}  # of a folded weight, in tiles, by each product
-_WEIGHTS = {2: 50, 4: 150}  # for transforming the weight besides, which for tiles of 4 no cache holds
-_NARROWEST = {2: 1, 4: 48}  # with fewer channels the direct form is too exact for tiles of 4
+
+class _Cost(NamedTuple):
+    """What Winograd's form costs beside the direct form, whose multiplications count 1; fitted to measured times of
+    ResNet's 3x3 convolutions (docs/CPU.md, docs/INFERENCE.md). By side of the tiles where it is a pair."""
+
+    transforms: tuple[float, float]  # channels that make the products cost as much as the transforms do
+    packing: tuple[float, float]  # of a weight, in tiles
+    product: float = 1.0  # a multiplication
+    calls: float = 0.0  # of operators, in multiplications
+
+
+# By the processor's instructions; the form is not taken where nobody has measured it. With AVX-512 oneDNN's direct form
+# is 2.5 times as fast as PyTorch's batched products, so it trains by the direct form there.
+_FOLDED = {
+    "AVX2": _Cost((130, 160), (25, 25)),
+    "AVX512": _Cost((57, 106), (10, 12), product=1.12, calls=9e6),
+}
+_TRAINED = {"AVX2": _Cost((130, 160), (50, 150))}
+_TILES = (2, 4)
+_NARROWEST = (1, 48)  # with fewer channels the direct form is too exact for tiles of 4
 _DIRECT_WEIGHTS = 1.6  # a multiplication of the direct form's weight gradient
 
 
 class _Setting:
-    # The instructions that the rules were measured with. With AVX-512 oneDNN's direct form is 2.5 times as fast as the
-    # batched products of PyTorch (docs/CPU.md), and elsewhere nobody has measured.
-    measured: bool = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    instructions: str = torch.backends.cpu.get_cpu_capability()
     winograd: str = _routing._known(
         os.environ.get("FASTRES_WINOGRAD", "").lower() or "auto", "FASTRES_WINOGRAD", WINOGRAD
     )
-
-
-def _off() -> bool:
-    return _Setting.winograd == "off" or _Setting.winograd == "auto" and not _Setting.measured
 
 
 @contextmanager
@@ -73,45 +82,55 @@ def obstacle(x: Tensor) -> str:
     return ""
 
 
-def _tile(shape: tuple[int, ...], narrow: int, fixed: dict[int, int], direct: float = 1.0) -> int:
-    """Side of the tiles by which a 3x3 convolution of [B, H, W] is expected to be fastest: 2, 4, or 0 for none.
+def _tile(shape: tuple[int, ...], conv: nn.Conv2d, costs: dict[str, _Cost], direct: float = 1.0) -> int:
+    """Side of the tiles by which a 3x3 convolution is expected to be fastest: 2, 4, or 0 for none.
 
     The expectation counts multiplications a pair of channels; a tile costs (tile + 2)^2, and as much again as its
-    transforms take, which is the more the fewer channels share them.
+    transforms take, which is the more the fewer channels share them. ``winograd("on")`` asks for the best of the tiles
+    where there are no figures, too.
 
     Args:
         shape: B, H, W of the result.
-        narrow: the smaller number of channels.
-        fixed: what the weight costs in each of the products, in tiles; by the side of the tiles.
+        conv: the convolution.
+        costs: by the processor's instructions.
         direct: what a multiplication of the direct form costs.
     """
+    on = _Setting.winograd == "on"
+    cost = costs.get(_Setting.instructions, costs["AVX2"] if on else None)
+    if cost is None:
+        return 0
     b, h, w = shape
+    narrow = min(conv.in_channels, conv.out_channels)
     best, least = 0, 9 * b * h * w * direct
-    for tile, transforms in _TRANSFORMS.items():
+    for i, tile in enumerate(_TILES):
         tiles = b * (-(-h // tile)) * (-(-w // tile))
-        cost = (tile + 2) ** 2 * (tiles * (1 + transforms / narrow) + fixed[tile])
-        if cost < least and narrow >= _NARROWEST[tile]:
-            best, least = tile, cost
-    return best
+        units = tiles * (1 + cost.transforms[i] / narrow) + cost.packing[i]
+        found = cost.product * (tile + 2) ** 2 * units + cost.calls / (conv.in_channels * conv.out_channels)
+        if found < least and narrow >= _NARROWEST[i]:
+            best, least = tile, found
+    return best or (2 if on else 0)
 
 
 def folded_tile(conv: nn.Conv2d, g: Geometry, out: tuple[int, ...], dtype: torch.dtype) -> int:
     """Side of the tiles by which a folded 3x3 convolution to a result of shape ``out`` takes Winograd's form, or 0.
     By figures in docs/INFERENCE.md."""
-    if _off() or dtype != torch.float32 or conv.kernel_size != (3, 3):
+    if _Setting.winograd == "off" or dtype != torch.float32 or conv.kernel_size != (3, 3):
         return 0
     if g != ((1, 1), (1, 1), (1, 1), 1):
         return 0
-    narrow = min(conv.in_channels, conv.out_channels)
-    tile = _tile((out[0], *out[2:]), narrow, _PACKING)
-    return tile or (2 if _Setting.winograd == "on" else 0)
+    return _tile((out[0], *out[2:]), conv, _FOLDED)
 
 
 def winograd_tiles(conv: nn.Module, x: Tensor, training: bool) -> tuple[int, int]:
     """Sides of the tiles by which a convolution, followed by a norm in training or not, takes Winograd's form: for
     forward and input gradient, and for the weight gradient; 0 where it does not."""
     mode = _Setting.winograd
-    if _off() or type(conv) is not nn.Conv2d or obstacle(x) or x.shape[1] != conv.in_channels:
+    if (
+        _Setting.winograd == "off"
+        or type(conv) is not nn.Conv2d
+        or obstacle(x)
+        or x.shape[1] != conv.in_channels
+    ):
         return 0, 0
     plain = (
         (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
@@ -124,9 +143,8 @@ def winograd_tiles(conv: nn.Module, x: Tensor, training: bool) -> tuple[int, int
     )
     if not plain or not (x.requires_grad or conv.weight.requires_grad):
         return 0, 0
-    narrow, shape = min(x.shape[1], conv.out_channels), (x.shape[0], *x.shape[2:])
     if mode != "on" and (not training or x.dtype != torch.float32):
         return 0, 0
-    tile = _tile(shape, narrow, _WEIGHTS)
-    weights = tile or _tile(shape, narrow, _WEIGHTS, _DIRECT_WEIGHTS)
-    return (tile or 2, weights or 2) if mode == "on" else (tile, weights)
+    shape = (x.shape[0], *x.shape[2:])
+    tile = _tile(shape, conv, _TRAINED)
+    return tile, tile or _tile(shape, conv, _TRAINED, _DIRECT_WEIGHTS)

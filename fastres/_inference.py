@@ -35,7 +35,7 @@ from fastres.kernels.folded_conv import (
     pack,
     pair_key,
 )
-from fastres.kernels.winograd import winograd_folded, winograd_weight
+from fastres.kernels.winograd_folded import packing, winograd_fold, winograd_folded
 
 __all__ = ["Check", "conv_add_relu", "convolve", "convolve_pair", "for_product", "images", "inference_layout", "off",
            "product", "run", "unseen"]  # fmt: skip
@@ -139,10 +139,11 @@ class _Layer(NamedTuple):
             if route not in _PACKED or _fake(x) or not isfinite(f.weight.sum() + f.bias.sum()):
                 return f
             if route == "winograd":
-                return Folded(winograd_weight(f.weight, tile), f.bias)
+                return winograd_fold(f, x, tile)
             return pack(f, self.geometry, tuple(x.shape))
 
-        return _folding.get(conv, (route, tile, x.dtype), sources, make)
+        layout = packing(x, conv.out_channels, tile) if tile else b""
+        return _folding.get(conv, (route, tile, layout, x.dtype), sources, make)
 
 
 _PACKED = ("onednn", "winograd")  # routes that take a weight in a form of their own
@@ -267,12 +268,12 @@ def convolve(
         route, reason = "winograd", f"CPU: 3x3 by tiles of {tile}x{tile}, weight transformed once"
     f = layer.folded("triton" if route == "reference" and pointwise and _last(x) else route, tile)
     g = layer.geometry
-    if route in _PACKED and not _fake(x) and f.weight.dim() == 4 and not f.weight.is_mkldnn:
+    if route in _PACKED and not _fake(x) and not f.weight.is_mkldnn:
         route, reason = "folded", "the weight is not finite"
         _now.finite = False
     record(op, x, route, f"norm folded; {reason}" if bn is not None else reason, () if bn is None else (bn,))
     if route == "winograd":
-        return winograd_folded(x, *f, other, relu)
+        return winograd_folded(x, f, tile, other, relu)
     if route == "onednn" and not _fake(x):
         return onednn_conv(x, f, g, relu, other, own, inner or _now.finite)
     return run(route, x, f, g, relu, other)

@@ -51,7 +51,7 @@ def _same_rule_on_every_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """``auto`` on a CPU as with AVX2, whatever runs the tests."""
     from fastres import _cpu
 
-    monkeypatch.setattr(_cpu._Setting, "measured", True)
+    monkeypatch.setattr(_cpu._Setting, "instructions", "AVX2")
 
 
 @pytest.fixture(autouse=True)

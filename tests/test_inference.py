@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import fastres
-from fastres import _folding, _inference, functional
+from fastres import _cpu, _folding, _inference, functional
 from fastres._registry import MODELS
 from fastres.kernels import folded_conv
 from fastres.kernels._triton import INTERPRET
@@ -269,6 +269,43 @@ def test_winograd_of_a_folded_weight(size, kind, randn):
     want, eager, got = results
     assert got.stride() == eager.stride()
     assert_close64("winograd", got, eager, want, torch.float32)
+
+
+@plain_process
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize(
+    "shape", [(1, 48, 5, 6), (1, 64, 28, 28), (3, 64, 30, 28), (5, 96, 29, 31), (2, 128, 56, 56)], ids=str
+)
+def test_winograd_packed(shape, tile, monkeypatch):
+    """Few rows and many, steps of which the last is short, cut tiles; the bias is larger than what it is added to."""
+    monkeypatch.setattr(_cpu, "_tile", lambda *a: tile)
+    conv = nn.Conv2d(shape[1], 64, 3, padding=1)
+    nn.init.normal_(conv.bias, std=10)
+    x = torch.randn(shape).contiguous(memory_format=LAST)
+    with torch.no_grad(), functional.record_routes() as log:
+        got = _inference.convolve(x, conv, None, True)
+        again = _inference.convolve(x, conv, None, True)
+        with functional.folding("off"):
+            eager = conv(x).relu()
+        want = copy.deepcopy(conv).double()(x.double()).relu()
+    assert [c.route for c in log] == ["winograd"] * 2
+    assert got.stride() == eager.stride() and torch.equal(got, again)
+    assert_close64("winograd", got, eager, want)
+
+
+@plain_process
+def test_packings_are_few(randn):
+    """However many sizes come, a weight is folded once for each packing that oneDNN wants."""
+    conv = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+    norm = randomize(fastres.FusedBatchNorm2d(64)).eval()
+    with torch.no_grad(), functional.winograd("on"):
+        for pixels in range(8, 60, 3):
+            _inference.convolve(randn(1, 64, pixels, pixels, layout=LAST), conv, norm.fused(), True)
+        count = _folding.count(conv)
+        assert count <= 4  # two tiles, two packings
+        made = _folding.held(conv)
+        _inference.convolve(randn(1, 64, 20, 20, layout=LAST), conv, norm.fused(), True)
+        assert all(a is b for a, b in zip(made, _folding.held(conv), strict=True))
 
 
 @plain_process

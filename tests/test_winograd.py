@@ -143,17 +143,18 @@ def test_auto_takes_what_was_measured() -> None:
     assert parts(256, 14, training=False) == (0, 0)
 
 
-def test_auto_stays_direct_where_it_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With AVX-512 the direct form is faster: 0.80 of eager's ResNet-18 step was measured there with this form."""
+def test_auto_knows_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With AVX-512 training is faster by the direct form: 0.80 of eager's ResNet-18 step was measured with this one."""
     conv = nn.Conv2d(128, 128, 3, padding=1, bias=False)
     x = torch.empty(8, 128, 28, 28, memory_format=LAST)
     g = Geometry((1, 1), (1, 1), (1, 1), 1)
-    for measured, expected in ((True, (4, 4)), (False, (0, 0))):
-        monkeypatch.setattr(_cpu._Setting, "measured", measured)
-        assert _cpu.winograd_tiles(conv, x, True) == expected
-        assert _cpu.folded_tile(conv, g, tuple(x.shape), torch.float32) == expected[0]
+    for instructions, trained, folded in (("AVX2", 4, 4), ("AVX512", 0, 4), ("SVE256", 0, 0)):
+        monkeypatch.setattr(_cpu._Setting, "instructions", instructions)
+        assert _cpu.winograd_tiles(conv, x, True) == (trained, trained)
+        assert _cpu.folded_tile(conv, g, tuple(x.shape), torch.float32) == folded
         with fn.winograd("on"):
             assert _cpu.winograd_tiles(conv, x, True) == (4, 4)
+            assert _cpu.folded_tile(conv, g, tuple(x.shape), torch.float32) == 4
 
 
 # --------------------------------------------------------------------------------------------------- the rules

@@ -16,8 +16,6 @@ A tile of m x m results takes 9 m^2 multiplications a channel pair directly and 
                 interpolation: 0, +-3/4, +-11/8 lose five times less than the usual 0, +-1, +-2 (docs/CPU.md)
     traffic     the transformed patches are (m + 2)^2 / m^2 times the input; they are made for a few images at a time,
                 so that they stay in the cache
-    inference   ``winograd_folded``: the matrices of a folded weight are made once; the bias is a row that every sum
-                of the last transform takes in; addition and ReLU follow in place
     source      A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308; matrices for
                 given points by A. Toom's and S. Cook's interpolation
 
@@ -37,7 +35,7 @@ from torch import Tensor
 
 from fastres.kernels._library import Traffic, register
 
-__all__ = ["winograd", "winograd_folded", "winograd_weight"]
+__all__ = ["Steps", "dense", "table", "weights", "winograd"]
 
 _POINTS = {2: (0, 1, -1), 4: (0, Fraction(3, 4), Fraction(-3, 4), Fraction(11, 8), Fraction(-11, 8))}
 _ROWS = 400  # tiles of a step, about: rows of its matrix products
@@ -90,7 +88,7 @@ def _matrices(tile: int) -> _Matrices:
     return _Matrices(*(torch.tensor(m, dtype=torch.float64, device="cpu") for m in wide))
 
 
-def _weights(weight: Tensor, tile: int, turned: bool) -> Tensor:
+def weights(weight: Tensor, tile: int, turned: bool) -> Tensor:
     """[N, C, 3, 3], perhaps turned by 180 degrees, to [(tile + 2)^2, N, C]."""
     n, c = weight.shape[:2]
     g = _matrices(tile).g.to(weight)
@@ -111,8 +109,9 @@ def _along(kind: str, tile: int, size: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def _table(kind: str, tile: int, shape: tuple[int, int, int], dtype: torch.dtype) -> _Bags:
-    """The transform of images [B, H, W] whose rows are pixels on one side and [(tile + 2)^2, B, tiles] on the other.
+def table(kind: str, tile: int, shape: tuple[int, int, int], dtype: torch.dtype, padded: int = 0) -> _Bags:
+    """The transform of images [B, H, W] whose rows are pixels on one side and [(tile + 2)^2, B, tiles] on the other, or
+    [padded, (tile + 2)^2] with tiles as ``B, tiles``, the others empty.
 
     Args:
         kind: ``patches`` (B^T d B), ``gradients`` (A dY A^T), ``outputs`` (A^T M A) or ``biased``, which takes in one
@@ -120,6 +119,7 @@ def _table(kind: str, tile: int, shape: tuple[int, int, int], dtype: torch.dtype
         tile: m.
         shape: B, H, W.
         dtype: of the values.
+        padded: 0, or more than B tiles; the row of ``biased`` is then the first one of the last.
     """
     b, h, w = shape
     k, down, across = tile + 2, -(-h // tile), -(-w // tile)
@@ -131,14 +131,17 @@ def _table(kind: str, tile: int, shape: tuple[int, int, int], dtype: torch.dtype
         i, y = i[:, None], y[:, None]
         # Of pair (i, j) of spots: which product it is in, and where there.
         place = (i // down * k + j // across, (i % down) * across + j % across)
-        spots = ((place[0] * b + image) * (down * across) + place[1]).flatten()
+        if padded:
+            spots = ((image * (down * across) + place[1]) * (k * k) + place[0]).flatten()
+        else:
+            spots = ((place[0] * b + image) * (down * across) + place[1]).flatten()
         pixels = ((image * h + y) * w + x).flatten()
-        count, inner = b * h * w, b * k * k * down * across
+        count, inner = b * h * w, k * k * (padded or b * down * across)
         rows, columns = (pixels, spots) if kind in ("outputs", "biased") else (spots, pixels)
         if kind == "biased":
             rows, columns = (
                 torch.cat((rows, torch.arange(count))),
-                torch.cat((columns, torch.full((count,), inner))),
+                torch.cat((columns, torch.full((count,), inner - k * k if padded else inner))),
             )
             values = torch.cat((values, values.new_ones(count)))
         results = count if kind in ("outputs", "biased") else inner
@@ -148,7 +151,11 @@ def _table(kind: str, tile: int, shape: tuple[int, int, int], dtype: torch.dtype
         return _Bags(offsets, columns[order].int(), values[order].to(dtype))
 
 
-class _Steps:
+def dense(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+class Steps:
     """The images of a channels_last batch [B, C, H, W], a few at a time, as rows of C."""
 
     def __init__(self, like: Tensor, tile: int) -> None:
@@ -167,61 +174,36 @@ class _Steps:
         """[count H W, C]: the pixels of these images."""
         return x[first : first + count].permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
+    def joined(self, parts: list[Tensor], channels: int) -> Tensor:
+        """[B, channels, H, W] from the rows of the steps."""
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return dense(y.view(self.b, self.h, self.w, channels).permute(0, 3, 1, 2))
+
     def __call__(self, kind: str, x: Tensor, first: int, count: int) -> Tensor:
         """[(tile + 2)^2, tiles, C]: ``patches`` or ``gradients`` of these images."""
-        bags = _table(kind, self.tile, (count, self.h, self.w), x.dtype)
+        bags = table(kind, self.tile, (count, self.h, self.w), x.dtype)
         return bags(self.rows(x, first, count)).view(self.products, -1, x.shape[1])
 
 
-def _dense(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
-
-
-def _tiled(x: Tensor, u: Tensor, tile: int, bias: Tensor | None = None) -> Tensor:
+def _tiled(x: Tensor, u: Tensor, tile: int) -> Tensor:
     """The convolution of x, channels_last, by the matrices u [(tile + 2)^2, C, N]."""
-    steps, n = _Steps(x, tile), u.shape[2]
+    steps, n = Steps(x, tile), u.shape[2]
     parts = []
     for first, count in steps:
-        rows = steps.products * steps.tiles * count
-        products = x.new_empty(rows + (bias is not None), n)
-        if bias is not None:
-            products[rows] = bias
-        torch.bmm(steps("patches", x, first, count), u, out=products[:rows].view(steps.products, -1, n))
-        kind = "outputs" if bias is None else "biased"
-        parts.append(_table(kind, tile, (count, steps.h, steps.w), x.dtype)(products))
-    y = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return _dense(y.view(steps.b, steps.h, steps.w, n).permute(0, 3, 1, 2))
+        products = torch.bmm(steps("patches", x, first, count), u)
+        parts.append(table("outputs", tile, (count, steps.h, steps.w), x.dtype)(products.view(-1, n)))
+    return steps.joined(parts, n)
 
 
 def _product(x: Tensor, weight: Tensor, backward: bool, tile: int) -> Tensor:
-    u = _weights(weight, tile, turned=backward)
-    return _tiled(_dense(x), u if backward else u.transpose(1, 2), tile)
-
-
-def winograd_weight(weight: Tensor, tile: int) -> Tensor:
-    """[N, C, 3, 3] as :func:`winograd_folded` takes it for tiles of ``tile``: [(tile + 2)^2, C, N]."""
-    return _weights(weight, tile, turned=False).transpose(1, 2).contiguous()
-
-
-def winograd_folded(x: Tensor, u: Tensor, bias: Tensor, other: Tensor | None, relu: bool) -> Tensor:
-    """relu(conv2d(x, weight, bias, padding=1) + other), without gradients.
-
-    Args:
-        x: [B, C, H, W], channels_last, float32.
-        u: the weight, from :func:`winograd_weight`.
-        bias: [N].
-        other: [B, N, H, W], or None.
-        relu: end in a ReLU.
-    """
-    y = _tiled(x, u, 2 if len(u) == 16 else 4, bias)
-    y = y if other is None else y.add_(other)
-    return y.relu_() if relu else y
+    u = weights(weight, tile, turned=backward)
+    return _tiled(dense(x), u if backward else u.transpose(1, 2), tile)
 
 
 def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, tile: int) -> Tensor:
-    x, dy = _dense(x), _dense(dy)
+    x, dy = dense(x), dense(dy)
     n, c = weight.shape[:2]
-    steps = _Steps(x, tile)
+    steps = Steps(x, tile)
     sums = x.new_zeros(steps.products, n, c)
     for first, count in steps:
         sums.baddbmm_(steps("gradients", dy, first, count).transpose(1, 2), steps("patches", x, first, count))
