@@ -22,7 +22,7 @@ from fastres.kernels._launch import channels_last
 from fastres.kernels._triton import INTERPRET
 from fastres.kernels.folded_conv import Geometry
 
-__all__ = ["WINOGRAD", "obstacle", "folded_tile", "winograd_tiles"]
+__all__ = ["WINOGRAD", "obstacle", "folded_tile", "rule", "winograd_tiles"]
 
 WINOGRAD = ("auto", "on", "off")
 
@@ -82,7 +82,9 @@ def obstacle(x: Tensor) -> str:
     return ""
 
 
-def _tile(shape: tuple[int, ...], conv: nn.Conv2d, costs: dict[str, _Cost], direct: float = 1.0) -> int:
+def _tile(
+    shape: tuple[int, ...], inputs: int, outputs: int, costs: dict[str, _Cost], direct: float = 1.0
+) -> int:
     """Side of the tiles by which a 3x3 convolution is expected to be fastest: 2, 4, or 0 for none.
 
     The expectation counts multiplications a pair of channels; a tile costs (tile + 2)^2, and as much again as its
@@ -91,7 +93,7 @@ def _tile(shape: tuple[int, ...], conv: nn.Conv2d, costs: dict[str, _Cost], dire
 
     Args:
         shape: B, H, W of the result.
-        conv: the convolution.
+        inputs, outputs: channels.
         costs: by the processor's instructions.
         direct: what a multiplication of the direct form costs.
     """
@@ -100,25 +102,30 @@ def _tile(shape: tuple[int, ...], conv: nn.Conv2d, costs: dict[str, _Cost], dire
     if cost is None:
         return 0
     b, h, w = shape
-    narrow = min(conv.in_channels, conv.out_channels)
+    narrow = min(inputs, outputs)
     best, least = 0, 9 * b * h * w * direct
     for i, tile in enumerate(_TILES):
         tiles = b * (-(-h // tile)) * (-(-w // tile))
         units = tiles * (1 + cost.transforms[i] / narrow) + cost.packing[i]
-        found = cost.product * (tile + 2) ** 2 * units + cost.calls / (conv.in_channels * conv.out_channels)
+        found = cost.product * (tile + 2) ** 2 * units + cost.calls / (inputs * outputs)
         if found < least and narrow >= _NARROWEST[i]:
             best, least = tile, found
     return best or (2 if on else 0)
 
 
-def folded_tile(conv: nn.Conv2d, g: Geometry, out: tuple[int, ...], dtype: torch.dtype) -> int:
+def folded_tile(weight: torch.Size, g: Geometry, out: tuple[int, ...], dtype: torch.dtype) -> int:
     """Side of the tiles by which a folded 3x3 convolution to a result of shape ``out`` takes Winograd's form, or 0.
     By figures in docs/INFERENCE.md."""
-    if _Setting.winograd == "off" or dtype != torch.float32 or conv.kernel_size != (3, 3):
+    if _Setting.winograd == "off" or dtype != torch.float32 or weight[2:] != (3, 3):
         return 0
     if g != ((1, 1), (1, 1), (1, 1), 1):
         return 0
-    return _tile((out[0], *out[2:]), conv, _FOLDED)
+    return _tile((out[0], *out[2:]), weight[1], weight[0], _FOLDED)
+
+
+def rule() -> tuple[str, str]:
+    """What ``folded_tile`` goes by beside the shapes."""
+    return _Setting.winograd, _Setting.instructions
 
 
 def winograd_tiles(conv: nn.Module, x: Tensor, training: bool) -> tuple[int, int]:
@@ -146,5 +153,6 @@ def winograd_tiles(conv: nn.Module, x: Tensor, training: bool) -> tuple[int, int
     if mode != "on" and (not training or x.dtype != torch.float32):
         return 0, 0
     shape = (x.shape[0], *x.shape[2:])
-    tile = _tile(shape, conv, _TRAINED)
-    return tile, tile or _tile(shape, conv, _TRAINED, _DIRECT_WEIGHTS)
+    channels = conv.in_channels, conv.out_channels
+    tile = _tile(shape, *channels, _TRAINED)
+    return tile, tile or _tile(shape, *channels, _TRAINED, _DIRECT_WEIGHTS)

@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastres.kernels.folded_conv import Folded
 
-__all__ = ["KEPT", "Sources", "count", "forget", "get", "held", "trained"]
+__all__ = ["KEPT", "Sources", "Untracked", "count", "forget", "get", "held", "trained"]
 
 KEPT = 6  # entries a convolution: routes, dtypes, layouts and packings that it is used in by turns
 
@@ -46,6 +46,9 @@ class Sources(NamedTuple):
     modes: int = 0  # how often the mode of the norm was set; last, see ``get``
 
 
+_TENSORS = 7  # the first of them
+
+
 class _Entry(NamedTuple):
     state: tuple[Any, ...]
     storages: tuple[StorageWeakRef, ...]  # keep the addresses in ``state`` from being given to other storages
@@ -56,10 +59,20 @@ class _Entry(NamedTuple):
 _cache: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Entry]] = weakref.WeakKeyDictionary()
 
 
+class Untracked(Exception):
+    """A tensor was made in inference mode: PyTorch does not tell when it changes."""
+
+
 def _state(s: Sources) -> tuple[Any, ...]:
-    return tuple(
-        (id(t), t._version, t.untyped_storage()._cdata, t.storage_offset()) if isinstance(t, Tensor) else t for t in s
-    )  # fmt: skip
+    try:
+        given: Any = s[:_TENSORS]
+        tensors = [
+            None if t is None else (id(t), t._version, t.untyped_storage()._cdata, t.storage_offset())
+            for t in given
+        ]
+    except RuntimeError as error:
+        raise Untracked from error
+    return (*tensors, *s[_TENSORS:])
 
 
 def get(conv: nn.Module, key: Any, sources: Sources, make: Callable[[], Folded]) -> Folded:
@@ -70,6 +83,9 @@ def get(conv: nn.Module, key: Any, sources: Sources, make: Callable[[], Folded])
         key: what else the result depends on.
         sources: what it is made from.
         make: makes it; its errors leave the cache as it was.
+
+    Raises:
+        Untracked: nobody can tell whether the tensors have changed.
     """
     entry = _cache.get(conv, {}).get(key)
     state = _state(sources)

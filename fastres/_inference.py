@@ -6,11 +6,12 @@ one after the other. Nothing here changes a module; folded weights are kept by :
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import isfinite
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastres import _folding
-from fastres._cpu import folded_tile
-from fastres._routing import BatchNorm, decide_folded, decide_pair, get_folding, record
+from fastres._cpu import folded_tile, rule
+from fastres._routing import (
+    PREPACKED,
+    BatchNorm,
+    decide_folded,
+    decide_pair,
+    get_folding,
+    prepacks,
+    record,
+    recording,
+)
 from fastres.kernels import _tuned
 from fastres.kernels import fused_conv_bn_relu as pointwise_ops
 from fastres.kernels.folded_conv import (
@@ -61,10 +71,18 @@ _now = _Forward()
 _FINITE = (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, nn.Sequential)
 
 
+def _modules(net: nn.Module) -> list[nn.Module]:
+    """All of a network's modules, in any order, some perhaps twice; ``modules()`` takes three times as long."""
+    found = [net]
+    for m in found:
+        found += [child for child in m._modules.values() if child is not None]
+    return found
+
+
 def _keeps_finite(net: nn.Module) -> bool:
     """Whether a network consists of such modules and this package's, with every norm on running statistics: no weight
     is used unseen, and nobody else's code or hook runs in between."""
-    for m in net.modules():
+    for m in _modules(net):
         if type(m) not in _FINITE and not type(m).__module__.startswith("fastres."):
             return False
         if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None):
@@ -123,10 +141,12 @@ class _Layer(NamedTuple):
     def folded(self, route: str, tile: int = 0) -> Folded:
         """The folded weight, kept from the last time; ``tile`` is the side of Winograd's tiles."""
         x, conv, bn = self.x, self.conv, self.bn
-        sources = _folding.Sources(conv.weight, conv.bias, None, None, None, None, None, 0.0)
-        if bn is not None:
+        own: Any = conv._parameters
+        if bn is None:
+            sources = _folding.Sources(own["weight"], own["bias"], None, None, None, None, None, 0.0)
+        else:
             sources = _folding.Sources(
-                conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked,
+                own["weight"], own["bias"], bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked,
                 bn.eps, bn.modes,
             )  # fmt: skip
 
@@ -177,19 +197,14 @@ def _conv_obstacle(conv: nn.Module, bn: BatchNorm | None) -> str:
         return "the convolution has hooks"
     if conv.padding_mode != "zeros":
         return f"padding_mode is {conv.padding_mode}"
-    parts: list[Tensor | None] = [conv._parameters.get("weight"), conv._parameters.get("bias")]
-    if type(parts[0]) is not nn.Parameter and (
-        parts[0] is None or type(parts[0]) is Tensor or not _fake(parts[0])
-    ):
+    weight = conv._parameters.get("weight")
+    if type(weight) is not nn.Parameter and (weight is None or type(weight) is Tensor or not _fake(weight)):
         return "the weight is no plain parameter"
     if bn is not None:
         if bn.running_mean is None or bn.running_var is None:
             return "there are no running statistics"
         if bn.num_batches_tracked is None:
             return "nothing counts the updates of the running statistics (num_batches_tracked)"
-        parts += [bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked]
-    if any(t is not None and t.is_inference() for t in parts):
-        return "parameters made in inference mode do not tell when they change"
     return ""
 
 
@@ -218,6 +233,55 @@ def _layer(x: Tensor, conv: nn.Module, bn: BatchNorm | None, check: Check | None
     return _Layer(x, conv, bn, g, out, pointwise, check)
 
 
+class _Plan(NamedTuple):
+    """What depends on a convolution's shapes alone: where it reads, its result's shape, Winograd's tiles."""
+
+    geometry: Geometry
+    out: tuple[int, int, int, int]
+    tile: int
+
+
+@functools.lru_cache(maxsize=2048)
+def _plan(
+    stride: Any, padding: Any, dilation: Any, groups: int, weight: torch.Size, x: torch.Size, rule: tuple[str, str]
+) -> _Plan | None:  # fmt: skip
+    """None where the input does not fit or the padding is a word; ``weight`` and ``x`` are shapes, ``rule`` is what
+    ``folded_tile`` goes by besides."""
+    if not isinstance(padding, tuple) or len(x) != 4 or x[1] != weight[1] * groups or 0 in x:
+        return None
+    g = Geometry(stride, padding, dilation, groups)
+    out = g.out(x, weight)
+    return None if min(out) < 1 else _Plan(g, out, folded_tile(weight, g, out, torch.float32))
+
+
+def _quick(
+    x: Tensor, conv: nn.Module, bn: BatchNorm | None, other: Tensor | None, check: Check | None
+) -> tuple[_Layer, int] | None:
+    """The layer for oneDNN and Winograd's tiles, where there is nothing out of the ordinary: what ``_layer`` and
+    ``decide_folded`` would find, in a third of the time, which counts at batch 1. None: ask them."""
+    if type(x) is not Tensor or type(conv) is not nn.Conv2d or not prepacks(x):
+        return None
+    own = conv.__dict__
+    weight = own["_parameters"].get("weight")
+    if (
+        type(weight) is not nn.Parameter or weight.dtype != torch.float32 or weight.device != x.device
+        or own["padding_mode"] != "zeros" or "bias" not in own["_parameters"]
+        or own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        or "forward" in own or _has_any_global_hook()
+    ):  # fmt: skip
+        return None
+    if bn is not None and (
+        bn.running_mean is None or bn.running_var is None or bn.num_batches_tracked is None
+    ):
+        return None
+    plan = _plan(own["stride"], own["padding"], own["dilation"], own["groups"], weight.shape, x.shape, rule())
+    if plan is None or other is not None and not (
+        type(other) is Tensor and other.shape == plan.out and prepacks(other)
+    ):  # fmt: skip
+        return None
+    return _Layer(x, conv, bn, plan.geometry, plan.out, False, check), plan.tile
+
+
 def _wants_channels_last(x: Tensor, conv: nn.Conv2d) -> bool:
     """As in PyTorch: the result is in channels_last where the weight is, whatever the input."""
     weight = conv.weight
@@ -244,6 +308,19 @@ def convolve(
         check: raises where the norm does not fit; called before anything is made.
         inner: it is inside a residual branch, where the ReLU may turn NaN into 0 (as it may after finite ``images``).
     """
+    try:
+        quick = _quick(x, conv, bn, other, check)
+        if quick is not None:
+            return _onednn(*quick, PREPACKED, relu, other, own, inner)
+        return _convolve(x, conv, bn, relu, other, own, check, inner)
+    except _folding.Untracked:
+        return "parameters made in inference mode do not tell when they change"
+
+
+def _convolve(
+    x: Tensor, conv: nn.Module, bn: BatchNorm | None, relu: bool, other: Tensor | None, own: bool, check: Check | None,
+    inner: bool,
+) -> Tensor | str:  # fmt: skip
     layer = _layer(x, conv, bn, check)
     if isinstance(layer, str):
         return layer
@@ -254,29 +331,45 @@ def convolve(
         return "the identity does not fit"
     if other is not None and other.dtype != x.dtype:
         return "the identity has another dtype"
-    op = "conv_bn" + ("_add" if other is not None else "") + ("_relu" if relu else "")
     others = () if other is None else (other,)
     pointwise = layer.pointwise and relu and layer.geometry.stride == (1, 1)
     key: _tuned.Key = ()
     if relu and _tuned.routed():
         key = folded_key(x, layer.conv.weight.shape, layer.geometry, other is not None)
-    route, reason = decide_folded(op, x, others, pointwise, key)
-    tile = 0
+    route, reason = decide_folded(_name(relu, other), x, others, pointwise, key)
     if route == "onednn" and not _fake(x):
-        tile = folded_tile(layer.conv, layer.geometry, layer.out, x.dtype)
-    if tile:
-        route, reason = "winograd", f"CPU: 3x3 by tiles of {tile}x{tile}, weight transformed once"
-    f = layer.folded("triton" if route == "reference" and pointwise and _last(x) else route, tile)
-    g = layer.geometry
-    if route in _PACKED and not _fake(x) and not f.weight.is_mkldnn:
-        route, reason = "folded", "the weight is not finite"
+        tile = folded_tile(layer.conv.weight.shape, layer.geometry, layer.out, x.dtype)
+        return _onednn(layer, tile, reason, relu, other, own, inner)
+    f = layer.folded("triton" if route == "reference" and pointwise and _last(x) else route)
+    _record(layer, route, reason, relu, other)
+    return run(route, x, f, layer.geometry, relu, other)
+
+
+def _name(relu: bool, other: Tensor | None) -> str:
+    return "conv_bn" + ("_add" if other is not None else "") + ("_relu" if relu else "")
+
+
+def _record(layer: _Layer, route: str, reason: str, relu: bool, other: Tensor | None) -> None:
+    if recording():
+        bns = () if layer.bn is None else (layer.bn,)
+        record(_name(relu, other), layer.x, route, f"norm folded; {reason}" if bns else reason, bns)
+
+
+def _onednn(
+    layer: _Layer, tile: int, reason: str, relu: bool, other: Tensor | None, own: bool, inner: bool
+) -> Tensor:  # fmt: skip
+    """By oneDNN or Winograd's form, or by PyTorch's convolution where the weight is not finite."""
+    x, g, route = layer.x, layer.geometry, "winograd" if tile else "onednn"
+    f = layer.folded(route, tile)
+    if not f.weight.is_mkldnn:
         _now.finite = False
-    record(op, x, route, f"norm folded; {reason}" if bn is not None else reason, () if bn is None else (bn,))
-    if route == "winograd":
+        _record(layer, "folded", "the weight is not finite", relu, other)
+        return run("folded", x, f, g, relu, other)
+    if tile:
+        _record(layer, route, f"CPU: 3x3 by tiles of {tile}x{tile}, weight transformed once", relu, other)
         return winograd_folded(x, f, tile, other, relu)
-    if route == "onednn" and not _fake(x):
-        return onednn_conv(x, f, g, relu, other, own, inner or _now.finite)
-    return run(route, x, f, g, relu, other)
+    _record(layer, route, reason, relu, other)
+    return onednn_conv(x, f, g, relu, other, own, inner or _now.finite)
 
 
 def run(route: str, x: Tensor, f: Folded, g: Geometry, relu: bool, other: Tensor | None) -> Tensor:
@@ -312,6 +405,8 @@ def convolve_pair(
     x: Tensor, conv: nn.Module, bn: BatchNorm, check: Check, x2: Tensor, conv2: nn.Module, bn2: BatchNorm, check2: Check
 ) -> Tensor | str:  # fmt: skip
     """``relu(bn(conv(x)) + bn2(conv2(x2)))`` as one product, where both are 1x1 convolutions on a GPU; or why not."""
+    if prepacks(x):
+        return "not on a CPU"
     first, second = _layer(x, conv, bn, check), _layer(x2, conv2, bn2, check2)
     if isinstance(first, str) or isinstance(second, str):
         return first if isinstance(first, str) else second  # type: ignore[return-value]
@@ -328,11 +423,13 @@ def convolve_pair(
     channels = first.conv.out_channels
     if _tuned.routed() and not decide_pair(pair_key(first.x, second.x, channels, stride2[0])):
         return "two convolutions are faster on this GPU by the tuning table"
+    try:
+        weight, weight2 = first.folded("triton"), second.folded("triton")
+    except _folding.Untracked:
+        return "parameters made in inference mode do not tell when they change"
     record("conv_bn_add_relu", first.x, route, f"norm folded; {reason}; with the downsample's", (bn,))
     record("conv_bn", second.x, route, f"norm folded; {reason}; in the block end's product", (bn2,))
-    return product(
-        first.x, first.folded("triton"), None, second.x, second.folded("triton"), stride2[0]
-    )  # fmt: skip
+    return product(first.x, weight, None, second.x, weight2, stride2[0])
 
 
 def conv_add_relu(

@@ -61,19 +61,29 @@ class FusedNorm(_BatchNorm):
     def fused(self) -> FF.BatchNorm:
         """This norm as the functions take it, by torch's rules: batch statistics in training and where there are no
         running ones; running ones updated in training unless ``track_running_stats`` is False."""
-        tracked = self.track_running_stats or not self.training
-        weight, bias = self.weight, self.bias
+        training = self.training
+        tracked = self.track_running_stats or not training
+        # Not by attribute: nn.Module looks those up in three places, and this runs for every norm of every pass.
+        own: Any = self._parameters
+        buffers: Any = self._buffers
+        weight = own["weight"] if "weight" in own else self.weight
+        bias = own["bias"] if "bias" in own else self.bias
+        mean = buffers["running_mean"] if "running_mean" in buffers else self.running_mean
+        var = buffers["running_var"] if "running_var" in buffers else self.running_var
+        batches = (
+            buffers["num_batches_tracked"] if "num_batches_tracked" in buffers else self.num_batches_tracked
+        )
         if weight is not None and bias is None:  # torch >= 2.13: BatchNorm2d(bias=False)
             bias = _zeros(weight)
         return FF.BatchNorm(
             weight,
             bias,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            self.num_batches_tracked if tracked else None,
+            mean if tracked else None,
+            var if tracked else None,
+            batches if tracked else None,
             self.momentum,
             self.eps,
-            training=self.training or self.running_mean is None,
+            training=training or mean is None,
             group=self.group(),
             skip_nonfinite=self.skip_nonfinite_stats,
             modes=0 if torch.compiler.is_compiling() else self._modes,

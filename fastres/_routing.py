@@ -41,10 +41,10 @@ from fastres.kernels.folded_conv import cudnn_obstacle, onednn_obstacle
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["BACKENDS", "CONV3X3", "MEMORY", "MOMENTS", "BatchNorm", "Choice", "assume_gpu", "backend", "choose",
-           "conv3x3", "decide", "decide_folded", "decide_pair", "downsample_pays", "folding", "fuses", "get_backend",
-           "get_folding", "memory", "moments", "moments_pay", "own_conv3x3", "recomputes", "record", "record_routes",
-           "transformed"]  # fmt: skip
+__all__ = ["BACKENDS", "CONV3X3", "MEMORY", "MOMENTS", "PREPACKED", "BatchNorm", "Choice", "assume_gpu", "backend",
+           "choose", "conv3x3", "decide", "decide_folded", "decide_pair", "downsample_pays", "folding", "fuses",
+           "get_backend", "get_folding", "memory", "moments", "moments_pay", "own_conv3x3", "prepacks", "recomputes",
+           "record", "record_routes", "recording", "transformed"]  # fmt: skip
 
 BACKENDS = ("auto", "triton", "aten", "reference")
 MOMENTS = ("auto", "on", "off")
@@ -341,6 +341,22 @@ def decide_pair(key: _tuned.Key) -> bool:
     return _folded_route("folded_pair", key, "pair") == "pair"
 
 
+PREPACKED = "CPU: prepacked weight"
+
+
+def prepacks(x: Tensor) -> bool:
+    """Whether ``decide_folded`` says ``onednn`` of this float32 activation, and nothing would convert it."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and _Setting.backend == "auto"
+        and _Setting.assumed is None
+        and channels_last(x)
+        and not torch.is_autocast_enabled("cpu")
+        and not onednn_obstacle(torch.float32)
+    )
+
+
 def decide_folded(
     op: str, x: Tensor, others: tuple[Tensor, ...], pointwise: bool, key: _tuned.Key = ()
 ) -> tuple[str, str]:  # fmt: skip
@@ -361,7 +377,7 @@ def decide_folded(
         obstacle = onednn_obstacle(x.dtype)
         if not obstacle and not all(channels_last(t) for t in (x, *others)):
             obstacle = "oneDNN's fused convolution wants channels_last"
-        return ("folded", obstacle) if obstacle else ("onednn", "CPU: prepacked weight")
+        return ("folded", obstacle) if obstacle else ("onednn", PREPACKED)
     obstacle = _fused_obstacle(x, others)
     if obstacle and asked != "auto":
         raise ValueError(f"{op}: backend {asked!r} was asked for, but {obstacle}")
@@ -387,6 +403,11 @@ def choose(
     route, reason = decide(op, x, others, bns)
     record(op, x, route, f"{reason}; {note}" if note else reason, bns)
     return route
+
+
+def recording() -> bool:
+    """Whether a log is being kept."""
+    return _Setting.log is not None
 
 
 def record(op: str, x: Tensor, route: str, reason: str, bns: tuple[BatchNorm, ...]) -> None:

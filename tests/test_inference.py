@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -14,6 +15,7 @@ from fastres import _cpu, _folding, _inference, functional
 from fastres._registry import MODELS
 from fastres.kernels import folded_conv
 from fastres.kernels._triton import INTERPRET
+from fastres.kernels.winograd import Steps
 from tests.cases import Route
 from tests.parity import randomize
 from tests.tolerance import assert_close64, assert_layout, poison
@@ -271,6 +273,71 @@ def test_winograd_of_a_folded_weight(size, kind, randn):
     assert_close64("winograd", got, eager, want, torch.float32)
 
 
+QUICK = ("plain", "1x1", "groups", "same", "uneven", "bias", "no statistics", "hook", "forward", "reflect", "subclass",
+         "nchw", "double", "autocast", "aten", "off", "no onednn", "other", "other nchw", "other broadcast", "channels",
+         "empty", "small", "inference", "parametrized")  # fmt: skip
+
+
+@plain_process
+@pytest.mark.parametrize("what", QUICK)
+def test_the_quick_way_is_the_usual_one(what, randn, monkeypatch):
+    """The layer that ``_quick`` makes is the one that ``_layer`` and ``decide_folded`` would: same route, same bits."""
+    kernel, options = 3, dict(padding=1, bias=what == "bias")
+    if what == "1x1":
+        kernel, options = 1, dict(stride=2)
+    elif what in ("groups", "same", "uneven", "reflect"):
+        extra = {"groups": dict(groups=4), "reflect": dict(padding_mode="reflect")}
+        options |= extra.get(what, dict(padding="same"))
+    conv = nn.Conv2d(64, 64, 2 if what == "uneven" else kernel, **options)
+    norm = randomize(fastres.FusedBatchNorm2d(64, track_running_stats=what != "no statistics")).eval()
+    x, other = randn(2, 64, 12, 12, layout=LAST), None
+    context = contextlib.nullcontext()
+    if what == "hook":
+        conv.register_forward_hook(lambda *a: None)
+    elif what == "forward":
+        conv.forward = lambda x: x
+    elif what == "subclass":
+        conv.__class__ = type("Mine", (nn.Conv2d,), {})
+    elif what == "nchw":
+        x = x.contiguous()
+    elif what == "double":
+        conv, norm, x = conv.double(), norm.double(), x.double()
+    elif what == "autocast":
+        context = torch.autocast("cpu", torch.bfloat16)
+    elif what == "aten":
+        context = functional.backend("aten")
+    elif what == "off":
+        context = functional.winograd("off")
+    elif what == "no onednn":
+        context = torch.backends.mkldnn.flags(enabled=False)
+    elif what.startswith("other"):
+        other = randn(2, 64, 12, 12, layout=NCHW if what == "other nchw" else LAST)
+        other = other[:1] if what == "other broadcast" else other
+    elif what == "channels":
+        x = x[:, :32].contiguous(memory_format=LAST)
+    elif what == "empty":
+        x = x[:0]
+    elif what == "small":
+        conv.padding = (0, 0)
+        x = x[:, :, :2].contiguous(memory_format=LAST)
+    elif what == "inference":
+        with torch.inference_mode():
+            norm.running_mean = norm.running_mean.clone()
+    elif what == "parametrized":
+        torch.nn.utils.parametrizations.weight_norm(conv)
+    quick, taken, found = _inference._quick, [], []
+    with torch.no_grad(), context:
+        for way in (lambda *a: None, lambda *a: taken.append(quick(*a)) or taken[-1]):
+            monkeypatch.setattr(_inference, "_quick", way)
+            with functional.record_routes() as log:
+                found.append((_inference.convolve(x, conv, norm.fused(), True, other), log))
+    (usual, log), (got, log2) = found
+    assert log == log2
+    assert torch.equal(got, usual) if isinstance(usual, torch.Tensor) else got == usual
+    ours = ("plain", "1x1", "groups", "bias", "off", "other", "inference")
+    assert (taken[0] is not None) == (what in ours)
+
+
 @plain_process
 @pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize(
@@ -294,8 +361,23 @@ def test_winograd_packed(shape, tile, monkeypatch):
 
 
 @plain_process
-def test_packings_are_few(randn):
-    """However many sizes come, a weight is folded once for each packing that oneDNN wants."""
+def test_packings_are_few(randn, monkeypatch):
+    """However many sizes come, a weight is folded once for each packing that oneDNN wants, and always has the right one
+    (the wrong one gives the same values, much later)."""
+    name = torch.ops.mkldnn._get_mkldnn_serialized_md
+
+    def winograd_folded(x, f, tile, other, relu):
+        steps = Steps(x, tile)
+        rows = [1, steps.products * 64, steps.images * steps.tiles + 1, 1]
+        plain = torch.zeros(f.weight.shape)
+        wanted = torch.ops.mkldnn._reorder_convolution_weight(
+            plain, [0, 0], [1, 1], [1, 1], steps.products, rows
+        )
+        assert torch.equal(name(f.weight), name(wanted))
+        return winograd(x, f, tile, other, relu)
+
+    winograd = _inference.winograd_folded
+    monkeypatch.setattr(_inference, "winograd_folded", winograd_folded)
     conv = nn.Conv2d(64, 64, 3, padding=1, bias=False)
     norm = randomize(fastres.FusedBatchNorm2d(64)).eval()
     with torch.no_grad(), functional.winograd("on"):

@@ -151,10 +151,10 @@ def test_auto_knows_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     for instructions, trained, folded in (("AVX2", 4, 4), ("AVX512", 0, 4), ("SVE256", 0, 0)):
         monkeypatch.setattr(_cpu._Setting, "instructions", instructions)
         assert _cpu.winograd_tiles(conv, x, True) == (trained, trained)
-        assert _cpu.folded_tile(conv, g, tuple(x.shape), torch.float32) == folded
+        assert _cpu.folded_tile(conv.weight.shape, g, tuple(x.shape), torch.float32) == folded
         with fn.winograd("on"):
             assert _cpu.winograd_tiles(conv, x, True) == (4, 4)
-            assert _cpu.folded_tile(conv, g, tuple(x.shape), torch.float32) == 4
+            assert _cpu.folded_tile(conv.weight.shape, g, tuple(x.shape), torch.float32) == 4
 
 
 # --------------------------------------------------------------------------------------------------- the rules
