@@ -58,7 +58,8 @@ class Writer:
         self.suite = suite
         self.head = {
             "kind": "run", "schema": SCHEMA, "suite": suite, "device": name, "commit": commit(),
-            "date": now.isoformat(timespec="seconds"), "command": " ".join(sys.argv), "environment": environment(),
+            "date": now.isoformat(timespec="seconds"), "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "environment": environment(),
         }  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         label = re.sub(r"[^a-z0-9]+", "-", f"{suite}-{name}".lower()).strip("-")

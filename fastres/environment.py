@@ -74,6 +74,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda or "",
         "cudnn": torch.backends.cudnn.version() or "" if torch.cuda.is_available() else "",
         "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # the rules of a CPU go by them
         "threads": torch.get_num_threads(),
         "gpu": "",
     }
