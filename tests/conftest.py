@@ -6,6 +6,7 @@ import importlib.util
 import os
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 # A worker of pytest-xdist shares the cores with the others; must be set before torch starts its thread pool.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -16,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import launches
+
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 SEED = 20
@@ -24,6 +27,10 @@ SEED = 20
 def pytest_configure(config: pytest.Config) -> None:
     threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or min(2, os.cpu_count() or 1)
     torch.set_num_threads(threads)
+    folder = os.environ.get(launches.FOLDER)
+    if folder and INTERPRET and HAS_TRITON:
+        write = launches.record(Path(folder, f"{os.getpid()}.pickle"))
+        config.add_cleanup(write)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -7,7 +7,8 @@
 The tests need several processes: Triton decides when a kernel is decorated whether it will be interpreted
 (TRITON_INTERPRET=1) or compiled, so kernels in the interpreter and ahead-of-time compiles exclude each other; other
 people's packages (tests/set_up_peers.py) are on the path of the phase ``peers`` alone; and the last phase compiles with
-another version of Triton, which is put in a folder of its own beside the environment's packages.
+another version of Triton, which is put in a folder of its own beside the environment's packages. What the tests in the
+interpreter launch is noted down, and launched again through the compiler's front end in the phases after it.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ PHASES = {
     "aot": "aot",
     OTHER_PHASE: "aot",
 }
+FOLDER_OF_LAUNCHES = "FASTRES_LAUNCHES"  # as tests/launches.py has it
 NO_TESTS = 5  # pytest's exit code when nothing was collected
 
 
@@ -152,12 +154,15 @@ def main() -> int:
     results = []
     if args.only == "lint" or (args.only is None and not extra):
         results += [run_lint(name, command) for name, command in LINT.items()]
-    results += [
-        run_phase(name, expression, extra)
-        for name, expression in PHASES.items()
-        # A narrowed run is for a quick answer: it compiles with the other version only when asked to.
-        if args.only == name or (args.only is None and not (extra and name == OTHER_PHASE))
-    ]
+    with tempfile.TemporaryDirectory() as noted:
+        if args.only is None and not extra:
+            os.environ[FOLDER_OF_LAUNCHES] = noted
+        results += [
+            run_phase(name, expression, extra)
+            for name, expression in PHASES.items()
+            # A narrowed run is for a quick answer: it compiles with the other version only when asked to.
+            if args.only == name or (args.only is None and not (extra and name == OTHER_PHASE))
+        ]
 
     print("\n" + "=" * 72)
     total = {"passed": 0, "failed": 0, "skipped": 0}

@@ -38,6 +38,7 @@ TRAFFIC: dict[str, Callable[..., Traffic]] = {}  # by operator name: arguments o
 REFERENCES: dict[
     str, Callable[..., Any]
 ] = {}  # by operator name: the plain-torch implementation, on any device
+LAUNCHERS: dict[str, Callable[..., Any]] = {}  # by operator name: what launches its kernels
 
 
 def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -196,7 +197,7 @@ def register(
     REFERENCES[name] = reference
     if traffic is not None:
         TRAFFIC[name] = traffic
-    launcher = _contiguous_vectors(triton, schema)
+    launcher = LAUNCHERS[name] = _contiguous_vectors(triton, schema)
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, launcher if INTERPRET else _without_autocast(reference), "CPU")
     _LIBRARY.impl(name, launcher, "CUDA")

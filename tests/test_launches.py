@@ -1,0 +1,139 @@
+"""Every launch that the tests make, and whole networks, through Triton's own launcher and the compiler's front end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastres
+from fastres import functional
+from fastres.kernels import _library
+from fastres.kernels._triton import HAS_TRITON, INTERPRET, tl, triton
+from tests import launches
+from tests.cases import LAST, NCHW
+
+pytestmark = pytest.mark.aot
+
+NOTED = Path(os.environ[launches.FOLDER]) if launches.FOLDER in os.environ and not INTERPRET else None
+
+
+@pytest.mark.skipif(NOTED is None, reason="the interpreter's tests did not run before: see tests/run.py")
+def test_every_launch_of_the_interpreters_tests_is_one_that_the_compiler_takes():
+    assert NOTED is not None
+    rows, refused = launches.read(NOTED), []
+    with launches.no_device():
+        for launch in rows:
+            try:
+                launches.replay(launch)
+            except Exception as error:
+                refused.append(f"{launch}: {error}")
+    assert rows and not refused
+
+
+# --------------------------------------------------------------------------------------------------- whole networks
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+    """Operators on the CPU launch compiled kernels, and the launches end in this list; results are what memory held."""
+    from fastres import _routing
+
+    for module in (_library, _routing):
+        monkeypatch.setattr(module, "INTERPRET", True)
+    library = torch.library.Library(_library.NAMESPACE, "IMPL")
+    with launches.no_device() as log:
+        for name, launcher in _library.LAUNCHERS.items():
+            library.impl(name, launcher, "CPU", allow_override=True)
+        yield log
+    library._destroy()
+
+
+def network(depth: int, **options: Any) -> fastres.ResNet:
+    norm = dict(type="FusedBN")
+    return fastres.ResNet(depth, stem_channels=16, base_channels=16, norm_cfg=norm, **options)
+
+
+NETS = {
+    "18": dict(depth=18),
+    "50": dict(depth=50),
+    "50 caffe": dict(depth=50, style="caffe"),
+    "50 dilated": dict(depth=50, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4)),
+    "50 deep stem": dict(depth=50, deep_stem=True, avg_down=True),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("layout", [NCHW, LAST], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("net", list(NETS))
+def test_a_training_step_and_a_pass_of_inference_launch(launched, net, layout, dtype):
+    made = network(**NETS[net]).to(dtype).to(memory_format=layout)
+    x = torch.randn(2, 3, 33, 33).to(dtype).contiguous(memory_format=layout)
+    with functional.backend("triton"):
+        out = made.train()(x)[-1]
+        assert launched
+        forward = len(launched)
+        out.backward(torch.randn_like(out))
+        assert len(launched) > forward
+        trained = len(launched)
+        with torch.inference_mode():
+            made.eval()(x)
+        assert len(launched) > trained
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+@pytest.mark.parametrize("size", [1, 32], ids=["1x1 pixels", "32x32 pixels"])
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_few_pixels_in_every_form_launch(launched, mode, size):
+    made = network(50).to(memory_format=LAST).train()
+    x = torch.randn(2, 3, size, size).contiguous(memory_format=LAST)
+    with functional.backend("triton"), functional.moments(mode), functional.memory("recompute"):
+        with functional.conv3x3("triton"):
+            out = made(x)[-1]
+        out.backward(torch.randn_like(out))
+    names = {name for name, _ in launched}
+    if size > 1:  # a single pixel lies in both layouts, and is taken for NCHW
+        assert ("gram_kernel" in names) == (mode == "on") and "forward3x3_kernel" in names
+
+
+# ------------------------------------------------------------------------------------ the harness itself must bite
+
+
+@triton.jit
+def size_kernel(x_ptr, N):
+    tl.store(x_ptr, N.to(tl.float32))
+
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON or INTERPRET, reason="needs kernels that are compiled")
+
+
+@needs_triton
+def test_what_a_gpu_would_refuse_is_refused():
+    x = torch.empty(1)
+    with launches.no_device() as log:
+        size_kernel[(1,)](x, 2)
+        assert log == [("size_kernel", (1, 1, 1))]
+        with pytest.raises(Exception, match="has no attribute 'to'"):
+            size_kernel[(1,)](x, 1)
+        with pytest.raises(KeyError, match="num_wraps"):
+            size_kernel[(1,)](x, 2, num_wraps=4)
+        for grid in [(0,), (1, 65536), (1, 1, 65536), (2**31,), (1.0,)]:
+            with pytest.raises(ValueError, match="grid"):
+                size_kernel[grid](x, 2)
+        with pytest.raises(ValueError, match="grid"):
+            launches.replay(launches.Launch(__name__, "size_kernel", (), {}, (1, 2**16), ""))
+    assert size_kernel.device_caches
+
+
+@needs_triton
+def test_launches_are_told_apart_as_the_compiler_tells_them_apart():
+    same = [launches._class(v, False) for v in (16, 160)]
+    others = [launches._class(v, False) for v in (1, 2, 2**31, 2**31 + 1, None, True, 1.5)]
+    assert same[0] == same[1] and len({str(v) for v in [*same, *others]}) == 8
+    assert launches._class(3, True) != launches._class(5, True)
