@@ -7,6 +7,7 @@ model = fastres.build_classifier(dict(type="ImageClassifier", backbone=dict(type
 """
 
 from fastres import functional
+from fastres._allocator import keep_memory
 from fastres._folding import forget as forget_folded
 from fastres._registry import (
     ACTIVATION_LAYERS,
@@ -89,6 +90,7 @@ __all__ = [
     "fuse_",
     "get_backend",
     "get_expansion",
+    "keep_memory",
     "load_checkpoint",
     "record_routes",
     "unfuse_",

@@ -32,7 +32,8 @@ def test_every_launch_of_the_interpreters_tests_is_one_that_the_compiler_takes()
                 launches.replay(launch)
             except Exception as error:
                 refused.append(f"{launch}: {error}")
-    assert rows and not refused
+    assert rows
+    assert not refused, "\n".join(refused[:5])
 
 
 # --------------------------------------------------------------------------------------------------- whole networks
@@ -98,7 +99,7 @@ def test_few_pixels_in_every_form_launch(launched, mode, size):
             out = made(x)[-1]
         out.backward(torch.randn_like(out))
     names = {name for name, _ in launched}
-    if size > 1:  # a single pixel lies in both layouts, and is taken for NCHW
+    if size > 1:  # the moment form needs four rows a channel
         assert ("gram_kernel" in names) == (mode == "on") and "forward3x3_kernel" in names
 
 

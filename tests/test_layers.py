@@ -17,7 +17,7 @@ PACKAGE = ROOT / "fastres"
 # Bottom to top, as the design has it. A module may import from its own and from lower layers. Patterns are module
 # names below fastres; the first that matches counts, "x.*" also covers x itself.
 LAYERS: list[tuple[str, ...]] = [
-    ("_version", "config"),
+    ("_version", "config", "_allocator"),
     ("kernels._*", "reference", "reference_conv", "reference_pointwise", "kernels"),
     ("kernels.*",),
     ("_routing", "_convolution", "_cpu"),
