@@ -14,7 +14,8 @@ _KEEP = ((-4, 0, 65536), (-1, -1, 128 << 10), (-2, 64 << 20, 0))  # M_MMAP_MAX, 
 
 
 def keep_memory(keep: bool = True) -> None:
-    """Keep the memory of freed tensors in this process, for the next ones to take; ``False`` gives it back again.
+    """Keep the memory of freed tensors in this process, for the next ones to take; ``False`` gives it back again, and
+    leaves glibc's defaults (but not its adapting threshold, which any setting ends).
 
     For training on a CPU. glibc returns large blocks to the system at once, and each new activation then costs a page
     fault for every 4 KiB. It is a setting of the whole process and of glibc's malloc: memory grows to the largest that
@@ -31,10 +32,9 @@ def keep_memory(keep: bool = True) -> None:
             f"{operation}: C library is {name or 'unknown'} on {sys.platform}; wanted glibc on Linux"
         )
     libc = ctypes.CDLL(None)
-    for parameter, kept, default in _KEEP:
-        if not libc.mallopt(parameter, kept if keep else default):
-            raise OSError(
-                f"{operation}: glibc {version} refused mallopt({parameter}, {kept if keep else default})"
-            )
+    for parameter, *values in _KEEP:
+        value = values[0 if keep else 1]
+        if not libc.mallopt(parameter, value):
+            raise OSError(f"{operation}: glibc {version} refused mallopt({parameter}, {value})")
     if not keep:
         libc.malloc_trim(0)

@@ -15,10 +15,11 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
-import torch
+if TYPE_CHECKING:  # tests/run.py asks for FOLDER alone
+    import torch
 
 FOLDER = "FASTRES_LAUNCHES"  # environment: where launches are noted down, by tests/run.py
 GRID_LIMITS = (2**31 - 1, 65535, 65535)  # CUDA C++ Programming Guide, technical specifications
@@ -55,6 +56,7 @@ def _class(value: Any, constant: bool) -> Any:
 
 def record(path: Path) -> Any:
     """Note down every distinct launch of the interpreter from here on; a function that writes them to ``path``."""
+    import torch
     from triton.runtime.interpreter import InterpretedFunction
 
     found: dict[tuple[Any, ...], Launch] = {}
@@ -145,7 +147,8 @@ def _front_end(log: list[tuple[str, tuple[int, ...]]], source: Any, target: Any,
     code = source.make_ir(
         target, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context
     )
-    assert code.verify_with_diagnostics() if hasattr(code, "verify_with_diagnostics") else code.verify()
+    if not code.verify():
+        raise ValueError(f"{source.name}: the front end's output is not valid")
     return _Kernel(source.name, log)
 
 
@@ -158,18 +161,18 @@ def no_device(arch: int = 90) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
     log: list[tuple[str, tuple[int, ...]]] = []
     front = lambda source, target, options: _front_end(log, source, target, options)  # noqa: E731
     before = driver._active
+    _forget()
     driver.set_active(_Driver(arch))
     try:
         with mock.patch.object(triton.compiler, "compile", front):
             yield log
     finally:
         driver._active = before
-        for kernel in _compiled():
-            kernel.device_caches.clear()
+        _forget()
 
 
-def _compiled() -> Iterator[Any]:
-    """The package's kernels."""
+def _forget() -> None:
+    """Nothing that the package's kernels were compiled to, here or on a device, is taken for another's."""
     from triton import JITFunction
 
     from tests.aot import modules
@@ -177,7 +180,7 @@ def _compiled() -> Iterator[Any]:
     for name in modules():
         for value in vars(importlib.import_module(f"fastres.kernels.{name}")).values():
             if isinstance(value, JITFunction):
-                yield value
+                value.device_caches.clear()
 
 
 def replay(launch: Launch) -> None:

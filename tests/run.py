@@ -25,6 +25,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import NamedTuple
 
+import launches
 from set_up_peers import FOLDER
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +46,6 @@ PHASES = {
     "aot": "aot",
     OTHER_PHASE: "aot",
 }
-FOLDER_OF_LAUNCHES = "FASTRES_LAUNCHES"  # as tests/launches.py has it
 NO_TESTS = 5  # pytest's exit code when nothing was collected
 
 
@@ -156,7 +156,7 @@ def main() -> int:
         results += [run_lint(name, command) for name, command in LINT.items()]
     with tempfile.TemporaryDirectory() as noted:
         if args.only is None and not extra:
-            os.environ[FOLDER_OF_LAUNCHES] = noted
+            os.environ[launches.FOLDER] = noted
         results += [
             run_phase(name, expression, extra)
             for name, expression in PHASES.items()

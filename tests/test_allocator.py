@@ -21,7 +21,8 @@ for keep in sys.argv[1:]:
     fastres.keep_memory(keep == "True")
 def use():
     return [torch.ones(4 << 20) for _ in range(4)]  # 64 MiB
-use()
+for _ in range(4):  # glibc finds places for all four
+    use()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
     use()
@@ -35,12 +36,11 @@ def faults(*keep: bool) -> int:
 
 
 @pytest.mark.skipif(not GLIBC, reason="a setting of glibc's")
-def test_memory_is_kept_where_it_was_asked_for_and_only_there():
-    plain, kept, given_back = faults(), faults(True), faults(True, False)
-    if plain < 1000:
-        pytest.skip(f"{plain} page faults for 256 MiB: this system maps large pages, or malloc is another's")
-    assert kept < plain / 10
-    assert given_back > plain / 2
+def test_memory_is_kept_and_given_back():
+    given_back, kept = faults(True, False), faults(True)
+    if given_back < 1000:
+        pytest.skip(f"{given_back} page faults for 256 MiB: large pages, or another malloc than glibc's")
+    assert kept < given_back / 10  # without either, glibc's threshold adapts, differently from run to run
 
 
 def test_another_c_library_is_refused(monkeypatch: pytest.MonkeyPatch):
