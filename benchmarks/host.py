@@ -72,9 +72,10 @@ def blocks(norm: str) -> dict[str, nn.Module]:
     import fastres
 
     made = {}
-    for name, cin, stride in (("Bottleneck", 64, 1), ("Bottleneck with downsample", 8, 2)):
+    # The strided one narrower, so that it has four pixels a channel, as every block of a real network has.
+    for name, cin, out, stride in (("Bottleneck", 64, 64, 1), ("Bottleneck with downsample", 8, 32, 2)):
         torch.manual_seed(0)
-        layer = fastres.ResLayer(fastres.Bottleneck, 1, cin, 64, stride=stride, norm_cfg=dict(type=norm))
+        layer = fastres.ResLayer(fastres.Bottleneck, 1, cin, out, stride=stride, norm_cfg=dict(type=norm))
         made[name] = layer[0].to(memory_format=torch.channels_last).train()
     return made
 
@@ -90,9 +91,9 @@ def _numbered(block: nn.Module, x: Tensor, g: Tensor, fused: bool, i: int) -> No
 
 
 def _tensors(block: nn.Module) -> tuple[Tensor, Tensor]:
-    cin, stride = block.in_channels, block.stride
+    cin, out, stride = block.in_channels, block.out_channels, block.stride
     x = torch.randn(2, cin, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
-    g = torch.randn(2, 64, 8 // stride, 8 // stride).contiguous(memory_format=torch.channels_last)
+    g = torch.randn(2, out, 8 // stride, 8 // stride).contiguous(memory_format=torch.channels_last)
     return x, g
 
 

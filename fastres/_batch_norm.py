@@ -17,7 +17,7 @@ from fastres._routing import (
 )
 from fastres.kernels import batch_norm as bn_ops
 from fastres.kernels import conv3x3 as conv_ops
-from fastres.kernels._check import check_activation, check_aten, check_vector
+from fastres.kernels._check import check_activation, check_aten, check_vectors
 from fastres.kernels._sync import merge_over_group, update_running
 
 __all__ = [
@@ -38,6 +38,9 @@ __all__ = [
 ]
 
 
+_VECTORS = BatchNorm._fields[:4]
+
+
 def check_bn(op: str, y: Tensor, bn: BatchNorm) -> None:
     check_activation(op, "input", y)
     check_norm(op, (y.shape[0], y.shape[1], y.shape[2], y.shape[3]), y.device, bn)
@@ -46,13 +49,7 @@ def check_bn(op: str, y: Tensor, bn: BatchNorm) -> None:
 def check_norm(op: str, shape: tuple[int, int, int, int], device: torch.device, bn: BatchNorm) -> None:
     """The norm against an input of this shape, which need not exist."""
     n, c, h, w = shape
-    for name, v in (
-        ("weight", bn.weight),
-        ("bias", bn.bias),
-        ("running_mean", bn.running_mean),
-        ("running_var", bn.running_var),
-    ):
-        check_vector(op, name, v, c, device)
+    check_vectors(op, _VECTORS, bn[:4], c, device)
     if (bn.weight is None) != (bn.bias is None):
         raise ValueError(f"{op}: one of weight and bias is None; wanted both or neither")
     if (bn.running_mean is None) != (bn.running_var is None):

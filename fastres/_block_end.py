@@ -21,8 +21,18 @@ from fastres._batch_norm import (
     statistics_of,
     tracking,
 )
+from fastres._bottleneck import whole
 from fastres._casts import low_weight
-from fastres._pending import Linked, Pending, fits_norm, fold_pending, foldable, materialize, plain_conv
+from fastres._pending import (
+    Linked,
+    Pending,
+    fits_norm,
+    fold_pending,
+    foldable,
+    materialize,
+    plain_conv,
+    pointwise,
+)
 from fastres._routing import (
     BatchNorm,
     choose,
@@ -120,21 +130,6 @@ def _fold_inner(p: Tensor | Pending | Linked, carried: bool) -> None:
         p._z = z if isinstance(z, Tensor) else None
 
 
-def _pointwise(conv: nn.Module, c: int, dtype: torch.dtype) -> bool:
-    """Whether a module is exactly a 1x1 convolution of this input that nothing else watches or changes."""
-    return (
-        plain_conv(conv)
-        and isinstance(conv, nn.Conv2d)
-        and conv.kernel_size == (1, 1)
-        and conv.padding == (0, 0)
-        and conv.stride[0] == conv.stride[1]
-        and conv.groups == 1
-        and conv.in_channels == c
-        and conv.weight.shape[1] == c
-        and (conv.weight.dtype == dtype or torch.is_autocast_enabled(conv.weight.device.type))
-    )
-
-
 def _operand(p: Pending) -> Tensor | str:
     """The tensor that the moment form of a pending convolution would read, or why there is none."""
     if p._y is not None:
@@ -151,7 +146,7 @@ def _operand(p: Pending) -> Tensor | str:
         return "input is not channels_last"
     if torch.is_autocast_enabled(device) and source.dtype != torch.get_autocast_dtype(device):
         return "input is not in autocast's dtype"
-    if not _pointwise(p.conv, source.shape[1], source.dtype):
+    if not pointwise(p.conv, source.shape[1], source.dtype):
         return "not a plain 1x1 convolution"
     return source
 
@@ -385,6 +380,9 @@ def _add_relu(
         if isinstance(folded, Tensor):
             return folded
         unfolded = folded
+    one = whole(branch, identity, linked) if keep is None else None
+    if one is not None:
+        return one
     read = _start(branch, identity)
     if read is None:
         _open_below(branch)

@@ -100,7 +100,9 @@ def _made(weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor | 
 def low_weight(weight: Tensor, x: Tensor) -> Tensor:
     """A weight in the dtype of ``x``, without a gradient."""
     low = _made(weight, x.device, x.dtype)
-    return weight.detach().to(x.dtype) if low is None else low
+    if low is not None:
+        return low
+    return weight.detach() if weight.dtype == x.dtype else weight.detach().to(x.dtype)
 
 
 def cast_weight(weight: Tensor, device: torch.device) -> Tensor | None:

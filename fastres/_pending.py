@@ -39,6 +39,7 @@ __all__ = [
     "foldable",
     "materialize",
     "plain_conv",
+    "pointwise",
 ]
 
 
@@ -177,11 +178,29 @@ def plain_conv(conv: nn.Module) -> bool:
     """Whether a module is exactly a convolution that nothing else watches or changes."""
     return (
         type(conv) is nn.Conv2d
-        and conv.bias is None
+        and conv._parameters.get("bias", conv)
+        is None  # not by attribute, which nn.Module looks up in three places
         and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
+        and type(conv.padding) is not str
         and not (conv._forward_hooks or conv._forward_pre_hooks)
         and not (conv._backward_hooks or conv._backward_pre_hooks)
+    )
+
+
+def pointwise(conv: nn.Module, c: int, dtype: torch.dtype) -> bool:
+    """Whether a module is exactly a 1x1 convolution of this input that nothing else watches or changes."""
+    if type(conv) is not nn.Conv2d or not plain_conv(conv):
+        return False
+    weight: Tensor | None = conv._parameters.get("weight")
+    weight = conv.weight if weight is None else weight  # a plain attribute, as sharding makes them
+    return (
+        conv.kernel_size == (1, 1)
+        and conv.padding == (0, 0)
+        and conv.stride[0] == conv.stride[1]
+        and conv.groups == 1
+        and conv.in_channels == c
+        and weight.shape[1] == c
+        and (weight.dtype == dtype or torch.is_autocast_enabled(weight.device.type))
     )
 
 

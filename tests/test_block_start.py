@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastres
+from fastres import _block_end
 from fastres import functional as fn
 from fastres.kernels import _pointwise_plan as plan
 from fastres.kernels.block_start import block_start, start_conv
@@ -240,8 +241,17 @@ def stage(stride: int, **options: object) -> tuple[fastres.ResLayer, Tensor]:
     return layer.to(memory_format=LAST), x.requires_grad_()
 
 
+@pytest.fixture(params=["whole", "parts"])
+def node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Bottlenecks as one function, or part by part: the autograd node that has the start of the block."""
+    if request.param == "whole":
+        return "_BottleneckBackward"
+    monkeypatch.setattr(_block_end, "whole", lambda *args: None)
+    return "_BlockStartBackward"
+
+
 @pytest.mark.parametrize("stride", [1, 2])
-def test_blocks_use_it_and_agree(stride: int) -> None:
+def test_blocks_use_it_and_agree(stride: int, node: str) -> None:
     layer, x = stage(stride)
     dy = torch.randn(4, 64, *(9, 10) if stride == 1 else (5, 5))
     results = []
@@ -250,7 +260,7 @@ def test_blocks_use_it_and_agree(stride: int) -> None:
         net.zero_grad()
         with fused(mode):
             out = net(leaf)
-        assert ("_BlockStartBackward" in names(out)) == (mode == "on")
+        assert (node in names(out)) == (mode == "on")
         assert "_UnmaskedBackward" not in names(out)
         out.backward(dy.to(kind))
         results.append([out.detach(), leaf.grad, *(p.grad.clone() for p in net.parameters())])
@@ -272,7 +282,7 @@ def test_blocks_leave_it(why: str) -> None:
         x = x.detach().contiguous().requires_grad_()
     with fused("off" if why == "off" else "on"):
         out = block(x)
-    assert "_BlockStartBackward" not in names(out)
+    assert not names(out) & {"_BlockStartBackward", "_BottleneckBackward"}
 
 
 # ------------------------------------------------------------------------------------------- from block to block
@@ -315,7 +325,7 @@ def network(**options: object) -> tuple[fastres.ResNet, Tensor]:
     return net.to(memory_format=LAST), torch.randn(3, 3, 64, 64).contiguous(memory_format=LAST)
 
 
-def test_a_block_in_between_gets_its_gradient_masked() -> None:
+def test_a_block_in_between_gets_its_gradient_masked(node: str) -> None:
     """In a whole network only the last block of a chain masks its gradient itself."""
     net, x = network(num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(1,))
     with fused():
@@ -324,13 +334,13 @@ def test_a_block_in_between_gets_its_gradient_masked() -> None:
     marks = []
     todo, seen = [out.grad_fn], set()
     while todo:
-        node = todo.pop()
-        if node is None or node in seen:
+        found = todo.pop()
+        if found is None or found in seen:
             continue
-        seen.add(node)
-        if type(node).__name__ == "_BlockEndBackward":
-            marks.append(node.saved_tensors[0] is None)
-        todo += [n for n, _ in node.next_functions]
+        seen.add(found)
+        if type(found).__name__ in ("_BlockEndBackward", "_BottleneckBackward"):
+            marks.append(found.saved_tensors[0] is None)
+        todo += [n for n, _ in found.next_functions]
     assert sorted(marks) == [False] + [True] * 6  # 3 + 4 blocks
     both(net, x, torch.randn(out.shape), lambda net, leaf, dy: list(net(leaf)))
 

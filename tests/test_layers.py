@@ -25,6 +25,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("_batch_norm",),
     ("_casts",),
     ("_pending",),
+    ("_bottleneck",),
     ("_block_end",),
     ("functional", "functional.*"),
     ("registry", "_registry", "_calling"),

@@ -9,15 +9,16 @@ from torch import Tensor
 
 __all__ = [
     "KERNEL_DTYPES",
+    "PLAIN",
     "check_activation",
     "check_aten",
     "check_like",
-    "check_vector",
+    "check_vectors",
     "describe",
     "fail",
 ]
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = frozenset((Tensor, torch.nn.Parameter))  # tensors that nobody has redefined
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -44,20 +45,26 @@ def check_activation(op: str, argument: str, x: Any) -> None:
         raise fail(TypeError, op, argument, x, "float64, float32, float16 or bfloat16")
 
 
-def check_vector(op: str, argument: str, v: Any, channels: int, device: torch.device) -> None:
-    """A per-channel vector, or None."""
-    if v is None:
-        return
-    if type(v) in _PLAIN and v.shape == (channels,) and v.device == device and v.dtype.is_floating_point:
-        return
-    if not isinstance(v, Tensor):
-        raise fail(TypeError, op, argument, v, f"a tensor of {channels} values or None")
-    if v.dim() != 1 or v.shape[0] != channels:
-        raise fail(ValueError, op, argument, v, f"shape [{channels}], one value a channel of the input")
-    if not v.dtype.is_floating_point:
-        raise fail(TypeError, op, argument, v, "a floating dtype")
-    if v.device != device:
-        raise fail(ValueError, op, argument, v, f"device {device}, where the input is")
+def check_vectors(
+    op: str, names: tuple[str, ...], vectors: tuple[Any, ...], channels: int, device: torch.device
+) -> None:
+    """Per-channel vectors, or None."""
+    shape = (channels,)
+    for name, v in zip(
+        names, vectors, strict=True
+    ):  # one call for all: this runs for every norm of every pass
+        if v is None:
+            continue
+        if type(v) in PLAIN and v.shape == shape and v.device == device and v.dtype.is_floating_point:
+            continue
+        if not isinstance(v, Tensor):
+            raise fail(TypeError, op, name, v, f"a tensor of {channels} values or None")
+        if v.dim() != 1 or v.shape[0] != channels:
+            raise fail(ValueError, op, name, v, f"shape [{channels}], one value a channel of the input")
+        if not v.dtype.is_floating_point:
+            raise fail(TypeError, op, name, v, "a floating dtype")
+        if v.device != device:
+            raise fail(ValueError, op, name, v, f"device {device}, where the input is")
 
 
 def check_aten(op: str, y: Tensor, bn: Any) -> None:

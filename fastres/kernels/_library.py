@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from fastres.kernels._check import PLAIN
 from fastres.kernels._triton import INTERPRET
 
 __all__ = ["NAMESPACE", "REFERENCES", "TRAFFIC", "Operator", "Traffic", "applied", "register",
@@ -78,7 +79,6 @@ def _strided(a: Tensor) -> bool:
     return a.dim() == 1 and not a.is_contiguous()
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _SCALARS = frozenset((type(None), bool, int, float, str))
 _interpreters = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
@@ -101,10 +101,10 @@ def unwatched(x: Tensor, *vectors: Tensor | None) -> bool:
     """Whether the launchers themselves may be called (``Operator.at``) on tensors that lie where x does: nothing has to
     see the operators, no gradient is recorded, and kernels can read these vectors as they lie. Asked once for several
     operators, where each would ask for itself."""
-    if _watched() or torch.is_grad_enabled() or type(x) not in _PLAIN or not (INTERPRET or x.is_cuda):
+    if _watched() or torch.is_grad_enabled() or type(x) not in PLAIN or not (INTERPRET or x.is_cuda):
         return False
     for v in vectors:
-        if v is not None and (type(v) not in _PLAIN or not v.is_contiguous()):
+        if v is not None and (type(v) not in PLAIN or not v.is_contiguous()):
             return False
     return True
 
@@ -138,7 +138,7 @@ class Operator:
             kind = type(a)
             if kind in _SCALARS:
                 continue
-            if kind not in _PLAIN or not (INTERPRET or a.is_cuda) or _strided(a):
+            if kind not in PLAIN or not (INTERPRET or a.is_cuda) or _strided(a):
                 return self.op(*args)
             recorded = recorded or (grad and a.requires_grad)
         return self._recorded(*args) if recorded else self.launch(*args)

@@ -68,11 +68,13 @@ def tile(kernel: str, x: Tensor, columns: int, *others: int) -> Gemm:
 
     The tuning table chooses among the tested ones; without it the first, or the second for more than 64 columns.
     """
-    odd = _odd(columns, *others)
     default = default_tile(kernel, x.element_size(), columns, *others)
-    return _tuned.product(kernel, x, columns, others[0], odd, default)
+    if not _tuned.chosen():
+        return default
+    return _tuned.product(kernel, x, columns, others[0], _odd(columns, *others), default)
 
 
+@functools.lru_cache(SHAPES)
 def default_tile(kernel: str, itemsize: int, columns: int, *others: int) -> Gemm:
     """``tile`` without a tuning table."""
     return GEMM[kernel][itemsize == 2][2 if _odd(columns, *others) else int(columns > 64)]

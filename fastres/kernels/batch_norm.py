@@ -269,6 +269,11 @@ batch_norm_backward = register(
 )
 
 
+def in_dtype(value: Tensor, like: Tensor) -> Tensor:
+    """A gradient in the dtype of what it is of."""
+    return value if value.dtype == like.dtype else value.to(like.dtype)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     y, mean, var, gamma, beta, ctx.eps, ctx.relu, ctx.training, count, ctx.group = inputs
     ctx.save_for_backward(y, mean, var, gamma, beta, count)
@@ -288,8 +293,8 @@ def _act_backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.training:
             (s1, s2), scale = over_group((sum_g, sum_gx), y, count, ctx.group)
         dy = batch_norm_backward(dz, y, mean, var, gamma, beta, ctx.eps, ctx.relu, None, s1, s2, scale)
-    dgamma = sum_gx.to(gamma.dtype) if need_gamma else None
-    dbeta = sum_g.to(beta.dtype) if need_beta else None
+    dgamma = in_dtype(sum_gx, gamma) if need_gamma else None
+    dbeta = in_dtype(sum_g, beta) if need_beta else None
     return dy, None, None, dgamma, dbeta, None, None, None, None, None
 
 

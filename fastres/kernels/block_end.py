@@ -16,10 +16,10 @@ from torch import Tensor
 from fastres.kernels import fused_conv_bn_relu as ops
 from fastres.kernels._library import applied, unwatched
 from fastres.kernels._sync import merge_over_group, over_group, update_running
-from fastres.kernels.batch_norm import batch_norm_backward
+from fastres.kernels.batch_norm import batch_norm_backward, in_dtype
 from fastres.kernels.residual_add_relu import masked
 
-__all__ = ["Branch", "Folded", "block_end", "fold_branch", "unmasked"]
+__all__ = ["Branch", "Folded", "block_end", "fold", "fold_branch", "gradients", "unmasked"]
 
 
 class Folded(NamedTuple):
@@ -97,30 +97,39 @@ def fold_branch(
 ) -> Folded:  # fmt: skip
     """Fold the norm into the weight: from the moments of this batch (updating the running statistics, where given, and
     without a group counting the batch in ``batches``), or from the running statistics."""
-    norm = (b.gamma, b.beta, b.eps)
     with torch.no_grad():
-        if not b.batch:
-            wf, bias, mean, var, wcov = ops.fold(
-                b.weight, b.x, None, None, *norm, running_mean, running_var, None, None, 0.0, b.rows
-            )  # fmt: skip
-            zero = bias.new_zeros(b.x.shape[1])
-            return Folded(wf, bias, mean, var, wcov, zero, zero)
-        mu, cov, anchor = ops.moments(b.x, *b.prologue, b.stride)
-        if b.group is None:
-            wf, bias, mean, var, wcov = ops.fold(
-                b.weight, b.x, mu, cov, *norm, None, None, running_mean, running_var, momentum, b.rows,
-                batches,
-            )  # fmt: skip
-            return Folded(wf, bias, mean, var, wcov, mu, anchor)
-        _, _, mine, var, wcov = ops.fold(b.weight, b.x, mu, cov, *norm, None, None, None, None, 0.0, b.rows)
-        mean, var, count = merge_over_group(mine, var, b.rows, b.group)
-        wf, _, mean, var, _ = ops.fold(b.weight, b.x, None, None, *norm, mean, var, None, None, 0.0, b.rows)
-        update_running(running_mean, running_var, mean, var, count, momentum)
-        # As in the kernel: with the rounded weight, so that the mean of the output is exact on every rank.
-        a = torch.rsqrt(var + b.eps) if b.gamma is None else b.gamma.to(var.dtype) * torch.rsqrt(var + b.eps)
-        bias = a * (mine - mean) - wf.to(var.dtype) @ mu
-        bias = bias if b.beta is None else bias + b.beta.to(var.dtype)
-        return Folded(wf, bias, mean, var, wcov, mu, anchor, mine - mean, count)
+        vectors = b.gamma, b.beta, b.mean0, b.var0, b.gamma0, b.beta0, running_mean, running_var
+        return fold(b, running_mean, running_var, momentum, batches, unwatched(b.x, b.weight, *vectors))
+
+
+def fold(
+    b: Branch, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, batches: Tensor | None,
+    fast: bool,
+) -> Folded:  # fmt: skip
+    """``fold_branch`` where gradients are off; ``fast``: what ``unwatched`` says of x, the weight and the vectors."""
+    norm, rows, launch = (b.gamma, b.beta, b.eps), b.rows, ops.fold.at(fast)
+    if not b.batch:
+        wf, bias, mean, var, wcov = launch(
+            b.weight, b.x, None, None, *norm, running_mean, running_var, None, None, 0.0, rows
+        )  # fmt: skip
+        zero = bias.new_zeros(b.x.shape[1])
+        return Folded(wf, bias, mean, var, wcov, zero, zero)
+    mu, cov, anchor = ops.moments.at(fast)(b.x, *b.prologue, b.stride)
+    if b.group is None:
+        wf, bias, mean, var, wcov = launch(
+            b.weight, b.x, mu, cov, *norm, None, None, running_mean, running_var, momentum, rows,
+            batches,
+        )  # fmt: skip
+        return Folded(wf, bias, mean, var, wcov, mu, anchor)
+    _, _, mine, var, wcov = launch(b.weight, b.x, mu, cov, *norm, None, None, None, None, 0.0, rows)
+    mean, var, count = merge_over_group(mine, var, rows, b.group)
+    wf, _, mean, var, _ = launch(b.weight, b.x, None, None, *norm, mean, var, None, None, 0.0, rows)
+    update_running(running_mean, running_var, mean, var, count, momentum)
+    # As in the kernel: with the rounded weight, so that the mean of the output is exact on every rank.
+    a = torch.rsqrt(var + b.eps) if b.gamma is None else b.gamma.to(var.dtype) * torch.rsqrt(var + b.eps)
+    bias = a * (mine - mean) - wf.to(var.dtype) @ mu
+    bias = bias if b.beta is None else bias + b.beta.to(var.dtype)
+    return Folded(wf, bias, mean, var, wcov, mu, anchor, mine - mean, count)
 
 
 _FOLDED = len(Folded._fields)
@@ -164,52 +173,91 @@ class _BlockEnd(torch.autograd.Function):
         bits, keep, x, mean0, var0, gamma0, beta0, count0, weight, gamma, x2, weight2, gamma2, *rest = (
             ctx.saved_tensors
         )
-        first, second = ctx.first, ctx.second
-        one, two = Folded(*rest[:_FOLDED]), Folded(*rest[_FOLDED:])
-        act = mean0 is not None
-        prologue = (mean0, var0, gamma0, beta0, first.eps0, act)
-        stride2 = 1 if second is None else second.stride
         fast = unwatched(dout, gamma0, beta0, mean0, var0, gamma, gamma2)
-        sums, g = ops.p_sums.at(fast)(dout, bits, x, *prologue, one.anchor, x2, two.anchor, stride2, keep)
-        g = dout if bits is None else g
-        mine = weight.numel() + weight.shape[0]
-        local1 = _local(sums[:mine], weight, one, first)
-        local2 = None if second is None else _local(sums[mine:], weight2, two, second)
-        totals1, totals2 = _reduced(local1, one, first, local2, two, second)
-        rows = dout.shape[0] * dout.shape[2] * dout.shape[3]
-        dw, dgamma, dbeta, b, shift = _matrices(
-            sums[:mine], weight, gamma, one, first, x, totals1, rows, fast
-        )
-        other: tuple[Any, ...] = (None,) * 5
-        if second is not None:
-            dw2, dgamma2, dbeta2, b2, shift2 = _matrices(
-                sums[mine:], weight2, gamma2, two, second, x, totals2, rows, fast
-            )
-            if need[7]:
-                other = (two.wf, x2, b2, shift2, two.mu)
-        dz = s1 = s2 = None
-        if need[0] or need[1] or need[2] or need[7]:
-            dz, s1, s2, grads[7] = ops.pointwise_dz.at(fast)(
-                g, one.wf, x, *prologue, b, shift, one.mu, keep, *other, stride2
-            )
-            dx = dz
-            if act and need[0]:
-                totals: Any = (None, None)
-                scale = 0.0
-                if first.batch0:
-                    totals, scale = over_group((s1, s2), x, count0, first.group0)
-                dx = batch_norm_backward.at(fast)(
-                    dz, x, mean0, var0, gamma0, beta0, first.eps0, False, None, *totals, scale
-                )
-            grads[0] = dx
-        grads[3], grads[6] = dw, g
-        for i, value, like in ((1, s2, gamma0), (2, s1, beta0), (4, dgamma, gamma), (5, dbeta, gamma)):
-            grads[i] = value.to(like.dtype) if value is not None and like is not None else None
-        if second is not None:
-            grads[8] = dw2
-            for i, value in ((9, dgamma2), (10, dbeta2)):
-                grads[i] = value.to(gamma2.dtype) if gamma2 is not None else None
+        found = gradients(
+            dout, bits, keep, x, mean0, var0, gamma0, beta0, count0, weight, gamma, Folded(*rest[:_FOLDED]), ctx.first,
+            x2, weight2, gamma2, Folded(*rest[_FOLDED:]), ctx.second, fast, need[0] or need[1] or need[2] or need[7],
+            need[0], need[7],
+        )  # fmt: skip
+        grads[0:3] = found.x, found.gamma0, found.beta0
+        grads[3:7] = found.weight, found.gamma, found.beta, found.identity
+        grads[7:11] = found.x2, found.weight2, found.gamma2, found.beta2
         return tuple(d if needed else None for d, needed in zip(grads, need, strict=True))
+
+
+class Gradients(NamedTuple):
+    """Of a block end: of its result with the ReLU applied, which is the plain identity's, and of all that it reads."""
+
+    identity: Tensor
+    x: Tensor | None
+    gamma0: Tensor | None
+    beta0: Tensor | None
+    weight: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    x2: Tensor | None
+    weight2: Tensor | None
+    gamma2: Tensor | None
+    beta2: Tensor | None
+
+
+def gradients(
+    dout: Tensor, bits: Tensor | None, keep: Tensor | None, x: Tensor, mean0: Tensor | None, var0: Tensor | None,
+    gamma0: Tensor | None, beta0: Tensor | None, count0: Tensor | None, weight: Tensor, gamma: Tensor | None,
+    one: Folded, first: _Options, x2: Tensor | None, weight2: Tensor | None, gamma2: Tensor | None, two: Folded,
+    second: _Options | None, fast: bool, need_front: bool = True, need_x: bool = True, need_x2: bool = True,
+) -> Gradients:  # fmt: skip
+    """The backward of a block end; ``bits`` None where dout has been through the ReLU's mask already, ``fast`` what
+    ``unwatched`` says. What is not needed (of the product's input; of x; of x2) is None."""
+    act = mean0 is not None
+    prologue = (mean0, var0, gamma0, beta0, first.eps0, act)
+    stride2 = 1 if second is None else second.stride
+    sums, g = ops.p_sums.at(fast)(dout, bits, x, *prologue, one.anchor, x2, two.anchor, stride2, keep)
+    g = dout if bits is None else g
+    mine = weight.numel() + weight.shape[0]
+    totals1: _Sums = None
+    totals2: _Sums = None
+    if one.drift is not None or two.drift is not None:
+        local1 = _local(sums[:mine], weight, one, first)
+        local2 = None if second is None or weight2 is None else _local(sums[mine:], weight2, two, second)
+        totals1, totals2 = _reduced(local1, one, first, local2, two, second)
+    rows = dout.shape[0] * dout.shape[2] * dout.shape[3]
+    dw, dgamma, dbeta, b, shift = _matrices(
+        sums if second is None else sums[:mine], weight, gamma, one, first, x, totals1, rows, fast
+    )
+    other: tuple[Any, ...] = (None,) * 5
+    of2: tuple[Tensor | None, ...] = (None,) * 3
+    if second is not None and weight2 is not None:
+        dw2, dgamma2, dbeta2, b2, shift2 = _matrices(
+            sums[mine:], weight2, gamma2, two, second, x, totals2, rows, fast
+        )
+        of2 = dw2, *_affine(dgamma2, dbeta2, gamma2)
+        if need_x2:
+            other = (two.wf, x2, b2, shift2, two.mu)
+    dz = s1 = s2 = dx2 = dx = None
+    if need_front:
+        dz, s1, s2, dx2 = ops.pointwise_dz.at(fast)(
+            g, one.wf, x, *prologue, b, shift, one.mu, keep, *other, stride2
+        )
+        dx = dz
+        if act and need_x:
+            totals: Any = (None, None)
+            scale = 0.0
+            if first.batch0:
+                totals, scale = over_group((s1, s2), x, count0, first.group0)
+            dx = batch_norm_backward.at(fast)(
+                dz, x, mean0, var0, gamma0, beta0, first.eps0, False, None, *totals, scale
+            )
+    return Gradients(g, dx, *_affine(s2, s1, gamma0), dw, *_affine(dgamma, dbeta, gamma), dx2, *of2)
+
+
+def _affine(
+    dgamma: Tensor | None, dbeta: Tensor | None, gamma: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of gamma and beta, which are summed in fp32."""
+    if dgamma is None or dbeta is None or gamma is None:
+        return None, None
+    return in_dtype(dgamma, gamma), in_dtype(dbeta, gamma)
 
 
 class _Unmasked(torch.autograd.Function):

@@ -38,10 +38,10 @@ from fastres.kernels._pointwise import product
 from fastres.kernels._pointwise_plan import GEMM, precision, tile
 from fastres.kernels._sync import over_group
 from fastres.kernels._triton import tl, triton
-from fastres.kernels.batch_norm import batch_norm_act, batch_norm_backward, batch_norm_reduce
+from fastres.kernels.batch_norm import batch_norm_act, batch_norm_backward, batch_norm_reduce, in_dtype
 from fastres.kernels.fused_conv_bn_relu import p_sums
 
-__all__ = ["aot_cases", "block_start", "dgrad", "odd_cases", "start_conv"]
+__all__ = ["aot_cases", "block_start", "dgrad", "gradients", "odd_cases", "start_conv"]
 
 
 @triton.jit
@@ -247,33 +247,44 @@ class _BlockStart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor | None, did: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, low, gamma, beta, y, mean, var, count, bits = ctx.saved_tensors
         need = ctx.needs_input_grad
+        x, low, gamma, beta, y, mean, var, count, bits = ctx.saved_tensors
         if dz is None:
             dz = torch.zeros_like(y)
-        norm = (y, mean, var, gamma, beta, ctx.eps)
-        fast = unwatched(dz, mean, var, gamma, beta)
-        sums: Any = (None, None)
-        totals: Any = (None, None)
-        scale = 0.0
-        if ctx.batch or need[3] or need[4]:
-            sums = batch_norm_reduce.at(fast)(dz, *norm, True)
-        if ctx.batch:
-            totals, scale = over_group(sums, y, count, ctx.group)
-        dx = dw = None
-        if need[0]:
-            dx, dy = dgrad.at(fast)(dz, *norm, *totals, scale, low, did, bits, x, ctx.stride)
-        else:
-            dy = batch_norm_backward.at(fast)(dz, *norm, True, None, *totals, scale)
-        if need[1]:
-            flat, _ = p_sums.at(fast)(
-                dy, None, x, None, None, None, None, 0.0, False, None, None, None, 1, None
-            )
-            dw = flat[: low.numel()].view(low.shape)
-            dw = dw if dw.dtype == ctx.dtype else dw.to(ctx.dtype)
-        dgamma = sums[1].to(gamma.dtype) if need[3] else None
-        dbeta = sums[0].to(beta.dtype) if need[4] else None
-        return dx, dw, None, dgamma, dbeta, *(None,) * 9
+        dx, dw, dgamma, dbeta = gradients(
+            dz, did, x, low, gamma, beta, y, mean, var, count, bits, ctx.eps, ctx.batch, ctx.group, ctx.stride,
+            unwatched(dz, gamma, beta, mean, var), need[0], need[1], need[3] or need[4],
+        )  # fmt: skip
+        dw = None if dw is None else dw if dw.dtype == ctx.dtype else dw.to(ctx.dtype)
+        return dx, dw, None, dgamma if need[3] else None, dbeta if need[4] else None, *(None,) * 9
+
+
+def gradients(
+    dz: Tensor, did: Tensor | None, x: Tensor, low: Tensor, gamma: Tensor | None, beta: Tensor | None,
+    y: Tensor, mean: Tensor, var: Tensor, count: Tensor | None, bits: Tensor | None, eps: float, batch: bool,
+    group: str | None, stride: int, fast: bool, need_x: bool = True, need_w: bool = True, need_affine: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The backward of a block's start: gradients of x, of W in the accumulators' type, of gamma and beta; None where
+    not needed. ``fast``: what ``unwatched`` says."""
+    norm = (y, mean, var, gamma, beta, eps)
+    sums: Any = (None, None)
+    totals: Any = (None, None)
+    scale = 0.0
+    if batch or need_affine:
+        sums = batch_norm_reduce.at(fast)(dz, *norm, True)
+    if batch:
+        totals, scale = over_group(sums, y, count, group)
+    dx = dw = dgamma = dbeta = None
+    if need_x:
+        dx, dy = dgrad.at(fast)(dz, *norm, *totals, scale, low, did, bits, x, stride)
+    else:
+        dy = batch_norm_backward.at(fast)(dz, *norm, True, None, *totals, scale)
+    if need_w:
+        flat, _ = p_sums.at(fast)(dy, None, x, *(None,) * 4, 0.0, False, None, None, None, 1, None)
+        dw = flat.as_strided(low.shape, (low.shape[1], 1, 1, 1))  # a slice and a view of it would be two
+    if need_affine and gamma is not None and beta is not None:
+        dgamma, dbeta = in_dtype(sums[1], gamma), in_dtype(sums[0], beta)
+    return dx, dw, dgamma, dbeta
 
 
 _block_start = applied(_BlockStart)
