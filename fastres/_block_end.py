@@ -38,6 +38,7 @@ from fastres._routing import (
     choose,
     decide,
     downsample_pays,
+    fuses,
     moments_pay,
     own_conv3x3,
     record,
@@ -241,6 +242,17 @@ def _fold(b: moment_form.Branch, bn: BatchNorm) -> moment_form.Folded:
     return folded
 
 
+def _served(branch: Pending) -> bool:
+    """Whether a form of fused operators alone is worth asking for: they serve this device, or a process group."""
+    x: Tensor | Pending | Linked = branch
+    while isinstance(x, Pending):
+        if x.bn.group is not None:
+            return True
+        x = x.x
+    x = x.out if isinstance(x, Linked) else x
+    return not isinstance(x, Tensor) or fuses(x)
+
+
 def _moment_form(
     branch: Pending, identity: Tensor | Pending, keep: Tensor | None, name: str, read: Tensor | None, linked: bool
 ) -> Tensor | Linked | str:  # fmt: skip
@@ -380,19 +392,22 @@ def _add_relu(
         if isinstance(folded, Tensor):
             return folded
         unfolded = folded
-    one = whole(branch, identity, linked) if keep is None else None
+    out: Tensor | Linked | str = ""
+    served = _served(branch)
+    one = whole(branch, identity, linked) if served and keep is None else None
     if one is not None:
         return one
-    read = _start(branch, identity)
+    read = _start(branch, identity) if served else None
     if read is None:
         _open_below(branch)
         identity = _opened(identity)
     elif not isinstance(identity, Pending):
         identity = read
     assert not isinstance(identity, Linked)
-    out = _moment_form(branch, identity, keep, name, read, linked)
-    if out == "" and isinstance(identity, Pending):
-        out = _downsample_form(branch, identity, keep, read)
+    if served:
+        out = _moment_form(branch, identity, keep, name, read, linked)
+        if out == "" and isinstance(identity, Pending):
+            out = _downsample_form(branch, identity, keep, read)
     if not isinstance(out, str):
         return out
     bn = branch.bn

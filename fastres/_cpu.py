@@ -132,15 +132,17 @@ def winograd_tiles(conv: nn.Module, x: Tensor, training: bool) -> tuple[int, int
     """Sides of the tiles by which a convolution, followed by a norm in training or not, takes Winograd's form: for
     forward and input gradient, and for the weight gradient; 0 where it does not."""
     mode = _Setting.winograd
+    if mode == "off" or mode == "auto" and _Setting.instructions not in _TRAINED:
+        return 0, 0
     if (
-        _Setting.winograd == "off"
-        or type(conv) is not nn.Conv2d
+        type(conv) is not nn.Conv2d
+        or conv.kernel_size != (3, 3)
         or obstacle(x)
         or x.shape[1] != conv.in_channels
     ):
         return 0, 0
     plain = (
-        (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+        (conv.stride, conv.padding, conv.dilation) == ((1, 1), (1, 1), (1, 1))
         and conv.groups == 1
         and conv.bias is None
         and conv.padding_mode == "zeros"

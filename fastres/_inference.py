@@ -51,7 +51,7 @@ __all__ = ["Check", "conv_add_relu", "convolve", "convolve_pair", "for_product",
            "product", "run", "unseen"]  # fmt: skip
 
 LAST = torch.channels_last
-# Any float32 activation in channels_last.
+# Any activation in channels_last.
 _LAST_LIKE = torch.empty(1, 2, 2, 2, device="cpu").contiguous(memory_format=LAST)
 Check = Callable[
     [tuple[int, ...], Tensor], None
@@ -243,7 +243,8 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=2048)
 def _plan(
-    stride: Any, padding: Any, dilation: Any, groups: int, weight: torch.Size, x: torch.Size, rule: tuple[str, str]
+    stride: Any, padding: Any, dilation: Any, groups: int, weight: torch.Size, x: torch.Size, dtype: torch.dtype,
+    rule: tuple[str, str],
 ) -> _Plan | None:  # fmt: skip
     """None where the input does not fit or the padding is a word; ``weight`` and ``x`` are shapes, ``rule`` is what
     ``folded_tile`` goes by besides."""
@@ -251,7 +252,7 @@ def _plan(
         return None
     g = Geometry(stride, padding, dilation, groups)
     out = g.out(x, weight)
-    return None if min(out) < 1 else _Plan(g, out, folded_tile(weight, g, out, torch.float32))
+    return None if min(out) < 1 else _Plan(g, out, folded_tile(weight, g, out, dtype))
 
 
 def _quick(
@@ -264,7 +265,7 @@ def _quick(
     own = conv.__dict__
     weight = own["_parameters"].get("weight")
     if (
-        type(weight) is not nn.Parameter or weight.dtype != torch.float32 or weight.device != x.device
+        type(weight) is not nn.Parameter or weight.dtype != x.dtype or weight.device != x.device
         or own["padding_mode"] != "zeros" or "bias" not in own["_parameters"]
         or own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
         or "forward" in own or _has_any_global_hook()
@@ -274,9 +275,10 @@ def _quick(
         bn.running_mean is None or bn.running_var is None or bn.num_batches_tracked is None
     ):
         return None
-    plan = _plan(own["stride"], own["padding"], own["dilation"], own["groups"], weight.shape, x.shape, rule())
+    where = own["stride"], own["padding"], own["dilation"], own["groups"]
+    plan = _plan(*where, weight.shape, x.shape, x.dtype, rule())
     if plan is None or other is not None and not (
-        type(other) is Tensor and other.shape == plan.out and prepacks(other)
+        type(other) is Tensor and other.shape == plan.out and other.dtype == x.dtype and prepacks(other)
     ):  # fmt: skip
         return None
     return _Layer(x, conv, bn, plan.geometry, plan.out, False, check), plan.tile

@@ -345,15 +345,14 @@ PREPACKED = "CPU: prepacked weight"
 
 
 def prepacks(x: Tensor) -> bool:
-    """Whether ``decide_folded`` says ``onednn`` of this float32 activation, and nothing would convert it."""
+    """Whether ``decide_folded`` says ``onednn`` of this activation, and nothing would convert it."""
     return (
-        x.dtype == torch.float32
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and _Setting.backend == "auto"
         and _Setting.assumed is None
         and channels_last(x)
         and not torch.is_autocast_enabled("cpu")
-        and not onednn_obstacle(torch.float32)
+        and not onednn_obstacle(x.dtype)
     )
 
 

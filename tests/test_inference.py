@@ -274,8 +274,8 @@ def test_winograd_of_a_folded_weight(size, kind, randn):
 
 
 QUICK = ("plain", "1x1", "groups", "same", "uneven", "bias", "no statistics", "hook", "forward", "reflect", "subclass",
-         "nchw", "double", "autocast", "aten", "off", "no onednn", "other", "other nchw", "other broadcast", "channels",
-         "empty", "small", "inference", "parametrized")  # fmt: skip
+         "nchw", "double", "bf16", "autocast", "aten", "off", "no onednn", "other", "other nchw", "other broadcast",
+         "channels", "empty", "small", "inference", "parametrized")  # fmt: skip
 
 
 @plain_process
@@ -302,6 +302,8 @@ def test_the_quick_way_is_the_usual_one(what, randn, monkeypatch):
         x = x.contiguous()
     elif what == "double":
         conv, norm, x = conv.double(), norm.double(), x.double()
+    elif what == "bf16":
+        conv, norm, x = conv.bfloat16(), norm.bfloat16(), x.bfloat16()
     elif what == "autocast":
         context = torch.autocast("cpu", torch.bfloat16)
     elif what == "aten":
@@ -334,7 +336,8 @@ def test_the_quick_way_is_the_usual_one(what, randn, monkeypatch):
     (usual, log), (got, log2) = found
     assert log == log2
     assert torch.equal(got, usual) if isinstance(usual, torch.Tensor) else got == usual
-    ours = ("plain", "1x1", "groups", "bias", "off", "other", "inference")
+    ours = ["plain", "1x1", "groups", "bias", "off", "other", "inference"]
+    ours += ["bf16"] * (not folded_conv.onednn_obstacle(torch.bfloat16))
     assert (taken[0] is not None) == (what in ours)
 
 
@@ -565,7 +568,8 @@ def test_onednn_refuses_gradients(randn):
 def test_reduced_precision_on_a_cpu_says_what_is_faster(dtype):
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
-    assert ("float32 is faster" in folded_conv.onednn_obstacle(dtype)) == (not supported)
+    why = folded_conv.onednn_obstacle(dtype)
+    assert why == "" if supported else "float32 is faster" in why
 
 
 # ------------------------------------------------------------------------------------------------- as on a GPU

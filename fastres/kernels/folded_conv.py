@@ -159,7 +159,8 @@ def onednn_conv(
     """
     assert not (torch.is_grad_enabled() and (x.requires_grad or other is not None and other.requires_grad))
     where = (g.padding, g.stride, g.dilation, g.groups)
-    fused = relu and inner
+    # With groups PyTorch adds after the convolution, and cannot add with a ReLU in 16 bits (seen in 2.11 and 2.13).
+    fused = relu and inner and (other is None or g.groups == 1)
     if other is not None and not own and other.shape[2:] == (1, 1):
         other, own = other.clone(), True  # torch 2.11 refuses a sum of single pixels that is not in place
     if other is None:
@@ -177,6 +178,11 @@ def onednn_obstacle(dtype: torch.dtype) -> str:
     """Why oneDNN's fused convolution cannot serve this dtype here; empty where it was tried and agrees."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return "oneDNN is not in this build of PyTorch, or is switched off"
+    return _dtype_obstacle(dtype) or _onednn_trial(dtype)
+
+
+@functools.cache
+def _dtype_obstacle(dtype: torch.dtype) -> str:
     if dtype in (torch.bfloat16, torch.float16):
         name = "bf16" if dtype == torch.bfloat16 else "fp16"
         supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
@@ -184,7 +190,7 @@ def onednn_obstacle(dtype: torch.dtype) -> str:
             return f"oneDNN has no {name} on this processor, where float32 is faster"
     elif dtype != torch.float32:
         return f"oneDNN has no {str(dtype)[6:]}"
-    return _onednn_trial(dtype)
+    return ""
 
 
 _TRIALS = (Geometry((1, 1), (1, 1), (1, 1), 1), Geometry((2, 2), (2, 2), (2, 2), 2))
