@@ -29,7 +29,7 @@ from benchmarks.meter import DTYPES
 from benchmarks.nets import NETWORKS, network
 from benchmarks.rows import RESULTS, Writer
 from benchmarks.run import peak_bytes
-from fastres import GraphRunner, fold, functional
+from fastres import GraphRunner, fold, functional, keep_memory
 from fastres._timing import synchronize
 from fastres.commands.tune import seconds
 
@@ -189,9 +189,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--budget", type=seconds, default=20.0, help="time for each case's rounds (default 20s)"
     )
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="call fastres.keep_memory() first, for all ways alike"
+    )
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
+    if args.keep_memory:
+        keep_memory()
     device, failed = torch.device(args.device), 0
     writer = Writer(args.out, "inference", device)
     for model in args.model:
@@ -203,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
             rows = []
             torch._dynamo.reset()  # else the cases share one limit of recompilations
             same = dict(case=model, batch=batch, size=args.size, dtype=args.dtype, mode="infer")
+            same |= dict(memory_kept=True) if args.keep_memory else {}
             for row in measure(model, x, args.compile, args.budget):
                 rows.append(writer.row(**same, **row))
                 failed += "differs" in row.get("error", "")

@@ -17,10 +17,10 @@ def keep_memory(keep: bool = True) -> None:
     """Keep the memory of freed tensors in this process, for the next ones to take; ``False`` gives it back again, and
     leaves glibc's defaults (but not its adapting threshold, which any setting ends).
 
-    For training on a CPU. glibc returns large blocks to the system at once, and each new activation then costs a page
-    fault for every 4 KiB. It is a setting of the whole process and of glibc's malloc: memory grows to the largest that
-    was ever in use at once and stays there, and another allocator that is preloaded does not see it. Nothing in fastres
-    calls it. docs/CPU.md has figures.
+    For training, and inference by batches, on a CPU. glibc returns large blocks to the system at once, and each new
+    activation then costs a page fault for every 4 KiB. It is a setting of the whole process and of glibc's malloc:
+    memory grows to the largest that was ever in use at once and stays there, and another allocator that is preloaded
+    does not see it. Nothing in fastres calls it. docs/CPU.md and docs/INFERENCE.md have figures.
 
     Raises:
         OSError: the C library is not glibc, or refuses.
