@@ -7,26 +7,22 @@ one after the other. Nothing here changes a module; folded weights are kept by :
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastres import _folding
 from fastres._cpu import folded_tile, rule
+from fastres._foldable import fake, finite, off, plain_tensor, unseen
 from fastres._routing import (
     PREPACKED,
     BatchNorm,
     decide_folded,
     decide_pair,
-    get_folding,
     prepacks,
     record,
     recording,
@@ -47,84 +43,12 @@ from fastres.kernels.folded_conv import (
 )
 from fastres.kernels.winograd_folded import packing, winograd_fold, winograd_folded
 
-__all__ = ["Check", "conv_add_relu", "convolve", "convolve_pair", "for_product", "images", "inference_layout", "off",
-           "product", "run", "unseen"]  # fmt: skip
+__all__ = ["Check", "conv_add_relu", "convolve", "convolve_pair", "for_product", "product", "run"]
 
 LAST = torch.channels_last
-# Any activation in channels_last.
-_LAST_LIKE = torch.empty(1, 2, 2, 2, device="cpu").contiguous(memory_format=LAST)
 Check = Callable[
     [tuple[int, ...], Tensor], None
 ]  # of a norm against the convolution's output shape and input
-
-
-class _Forward(threading.local):
-    """Of the forward of a network in this thread: whether its images, and all weights so far, are finite."""
-
-    finite: bool = False
-
-
-_now = _Forward()
-
-
-# Modules of torch whose results are finite where their inputs are; weights, if any, are looked at when they are folded.
-_FINITE = (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, nn.Sequential)
-
-
-def _modules(net: nn.Module) -> list[nn.Module]:
-    """All of a network's modules, in any order, some perhaps twice; ``modules()`` takes three times as long."""
-    found = [net]
-    for m in found:
-        found += [child for child in m._modules.values() if child is not None]
-    return found
-
-
-def _keeps_finite(net: nn.Module) -> bool:
-    """Whether a network consists of such modules and this package's, with every norm on running statistics: no weight
-    is used unseen, and nobody else's code or hook runs in between."""
-    for m in _modules(net):
-        if type(m) not in _FINITE and not type(m).__module__.startswith("fastres."):
-            return False
-        if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None):
-            return False
-        if m._forward_hooks or m._forward_pre_hooks:
-            return False
-    return True
-
-
-@contextmanager
-def images(net: nn.Module, x: Tensor) -> Iterator[None]:
-    """Around the forward of a network of images ``x`` [N, C, H, W]. On a CPU, where the images are finite and the
-    network keeps them so, every ReLU may be fused, although oneDNN's turns NaN into 0: none can arise, unless values
-    overflow. Checking costs one sum of the images and a walk over the modules."""
-    before = _now.finite
-    if off() or torch.is_grad_enabled() or x.device.type != "cpu" or not _plain(x) or _fake(x):
-        yield
-        return
-    fused = decide_folded("conv_bn", _LAST_LIKE.to(x.dtype), (), False)[0] == "onednn"
-    _now.finite = fused and _keeps_finite(net) and isfinite(x.sum())
-    try:
-        yield
-    finally:
-        _now.finite = before
-
-
-def unseen() -> None:
-    """A weight is used that nobody has looked at."""
-    if not torch.compiler.is_compiling():
-        _now.finite = False
-
-
-def off() -> bool:
-    """Whether no norm may be folded now: switched off, or somebody records or differentiates the operators."""
-    return (
-        torch.compiler.is_compiling()  # the compiler sees the norm and folds or fuses it itself
-        or get_folding() == "off"
-        or torch.jit.is_tracing()
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
 
 
 class _Layer(NamedTuple):
@@ -156,7 +80,7 @@ class _Layer(NamedTuple):
             f = fold(*sources[:6], sources.eps, x.dtype, torch.float32 if route == "triton" else x.dtype)
             if route == "triton":
                 return for_product(f)
-            if route not in _PACKED or _fake(x) or not isfinite(f.weight.sum() + f.bias.sum()):
+            if route not in _PACKED or fake(x) or not isfinite(f.weight.sum() + f.bias.sum()):
                 return f
             if route == "winograd":
                 return winograd_fold(f, x, tile)
@@ -174,18 +98,6 @@ def for_product(f: Folded) -> Folded:
     return Folded(f.weight.reshape(f.weight.shape[:2]).contiguous(), f.bias)
 
 
-def _fake(x: Tensor) -> bool:
-    if type(x) in (Tensor, nn.Parameter):
-        return False
-    from torch._subclasses.fake_tensor import FakeTensor  # slow to import, and loaded already where x is one
-
-    return isinstance(x, FakeTensor)
-
-
-def _plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, nn.Parameter) or _fake(x)
-
-
 def _conv_obstacle(conv: nn.Module, bn: BatchNorm | None) -> str:
     """Why a norm cannot be folded into this convolution."""
     if type(conv) is not nn.Conv2d and not getattr(type(conv), "is_plain_convolution", False):
@@ -198,7 +110,7 @@ def _conv_obstacle(conv: nn.Module, bn: BatchNorm | None) -> str:
     if conv.padding_mode != "zeros":
         return f"padding_mode is {conv.padding_mode}"
     weight = conv._parameters.get("weight")
-    if type(weight) is not nn.Parameter and (weight is None or type(weight) is Tensor or not _fake(weight)):
+    if type(weight) is not nn.Parameter and (weight is None or type(weight) is Tensor or not fake(weight)):
         return "the weight is no plain parameter"
     if bn is not None:
         if bn.running_mean is None or bn.running_var is None:
@@ -215,7 +127,7 @@ def _layer(x: Tensor, conv: nn.Module, bn: BatchNorm | None, check: Check | None
     g = geometry(conv)
     if g is None:
         return "padding differs between two sides"
-    if not _plain(x):
+    if not plain_tensor(x):
         return f"the input is {type(x).__name__}"
     if x.dim() != 4 or x.shape[1] != conv.in_channels or not x.numel() or x.device != conv.weight.device:
         return "the input does not fit"  # the convolution itself will tell
@@ -329,7 +241,9 @@ def _convolve(
     x = layer.x
     if _wants_channels_last(x, layer.conv):
         layer = layer._replace(x=(x := x.contiguous(memory_format=LAST)))
-    if other is not None and (other.shape != layer.out or other.device != x.device or not _plain(other)):
+    if other is not None and (
+        other.shape != layer.out or other.device != x.device or not plain_tensor(other)
+    ):
         return "the identity does not fit"
     if other is not None and other.dtype != x.dtype:
         return "the identity has another dtype"
@@ -339,7 +253,7 @@ def _convolve(
     if relu and _tuned.routed():
         key = folded_key(x, layer.conv.weight.shape, layer.geometry, other is not None)
     route, reason = decide_folded(_name(relu, other), x, others, pointwise, key)
-    if route == "onednn" and not _fake(x):
+    if route == "onednn" and not fake(x):
         tile = folded_tile(layer.conv.weight.shape, layer.geometry, layer.out, x.dtype)
         return _onednn(layer, tile, reason, relu, other, own, inner)
     f = layer.folded("triton" if route == "reference" and pointwise and _last(x) else route)
@@ -364,14 +278,14 @@ def _onednn(
     x, g, route = layer.x, layer.geometry, "winograd" if tile else "onednn"
     f = layer.folded(route, tile)
     if not f.weight.is_mkldnn:
-        _now.finite = False
+        unseen()
         _record(layer, "folded", "the weight is not finite", relu, other)
         return run("folded", x, f, g, relu, other)
     if tile:
         _record(layer, route, f"CPU: 3x3 by tiles of {tile}x{tile}, weight transformed once", relu, other)
         return winograd_folded(x, f, tile, other, relu)
     _record(layer, route, reason, relu, other)
-    return onednn_conv(x, f, g, relu, other, own, inner or _now.finite)
+    return onednn_conv(x, f, g, relu, other, own, inner or finite())
 
 
 def run(route: str, x: Tensor, f: Folded, g: Geometry, relu: bool, other: Tensor | None) -> Tensor:
@@ -460,19 +374,3 @@ def conv_add_relu(
     y = conv._conv_forward(x, conv.weight, conv.bias)
     y = y if other is None else y + other
     return torch.relu(y) if relu else y
-
-
-def inference_layout(x: Tensor) -> Tensor:
-    """The images of a network in the layout that inference on them is fastest in: x itself, or a channels_last copy.
-
-    Only where no gradient is wanted and oneDNN's fused convolutions will run. The network gives its results back in
-    the layout that the images came in.
-    """
-    if off() or torch.is_grad_enabled() or x.device.type != "cpu" or x.is_contiguous(memory_format=LAST):
-        return x
-    if decide_folded("conv_bn", _LAST_LIKE.to(x.dtype), (), False)[0] != "onednn":
-        return x
-    record(
-        "layout", x, "channels_last", "NCHW images: runs in channels_last, results are given back in NCHW", ()
-    )
-    return x.contiguous(memory_format=LAST)

@@ -17,6 +17,7 @@ from fastres._batch_norm import (
 )
 from fastres._casts import cast_weight
 from fastres._convolution import own_geometry
+from fastres._foldable import off, unseen
 from fastres._routing import (
     BatchNorm,
     decide,
@@ -139,7 +140,7 @@ def _wants(*tensors: Tensor | None) -> bool:
 
 def foldable(p: Pending) -> bool:
     """Whether a norm may be folded: it uses running statistics, and no gradient is wanted of anything before it."""
-    if p.bn.training or p._y is not None or p._moments is not None or _inference.off():
+    if p.bn.training or p._y is not None or p._moments is not None or off():
         return False
     if not torch.is_grad_enabled():
         return True
@@ -169,7 +170,7 @@ def fold_pending(
     x = materialize(p.x)
     z = _inference.convolve(x, p.conv, p.bn, relu, other, own, fits_norm(p.bn), inner)
     if isinstance(z, str):
-        _inference.unseen()
+        unseen()
         return f"not folded: {z}"
     return z
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastres._foldable import images, inference_layout
 from fastres._fusable import hooked, relu_obstacle
-from fastres._inference import conv_add_relu, images, inference_layout
+from fastres._inference import conv_add_relu
 from fastres._matching import make_plan
 from fastres._norm import FusedNorm
 from fastres._reading import NotUnderstood

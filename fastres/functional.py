@@ -21,7 +21,7 @@ from fastres._batch_norm import (
 )
 from fastres._block_end import add_relu, add_relu_linked
 from fastres._cpu import winograd
-from fastres._inference import inference_layout
+from fastres._foldable import inference_layout
 from fastres._pending import Linked, Pending, fold_pending, foldable, materialize
 from fastres._routing import (
     BACKENDS,

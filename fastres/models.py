@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastres._calling import listed, suggest
 from fastres._casts import weight_casts
+from fastres._foldable import images
 from fastres._fusable import check_input, check_values, hooked, norm_obstacle, observed, relu_obstacle
-from fastres._inference import images
 from fastres._registry import MODELS, build_activation_layer, build_conv_layer, build_norm_layer
 from fastres.functional import Linked, Pending, conv_bn_relu, inference_layout, materialize, max_pool
 from fastres.initialize import BaseModule, InitCfg, constant_init

@@ -21,6 +21,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("kernels._*", "reference", "reference_conv", "reference_pointwise", "kernels"),
     ("kernels.*",),
     ("_routing", "_convolution", "_cpu"),
+    ("_foldable",),
     ("_folding", "_inference"),
     ("_batch_norm",),
     ("_casts",),
