@@ -39,9 +39,10 @@ from fastres.kernels.folded_conv import (
     geometry,
     onednn_conv,
     pack,
+    packing,
     pair_key,
 )
-from fastres.kernels.winograd_folded import packing, winograd_fold, winograd_folded
+from fastres.kernels.winograd_folded import winograd_fold, winograd_folded, winograd_packing
 
 __all__ = ["Check", "conv_add_relu", "convolve", "convolve_pair", "for_product", "product", "run"]
 
@@ -86,7 +87,10 @@ class _Layer(NamedTuple):
                 return winograd_fold(f, x, tile)
             return pack(f, self.geometry, tuple(x.shape))
 
-        layout = packing(x, conv.out_channels, tile) if tile else b""
+        layout = b""
+        if route in _PACKED and not fake(x):
+            n = conv.out_channels
+            layout = winograd_packing(x, n, tile) if tile else packing(x, own["weight"].shape, self.geometry)
         return _folding.get(conv, (route, tile, layout, x.dtype), sources, make)
 
 

@@ -393,6 +393,55 @@ def test_packings_are_few(randn, monkeypatch):
         assert all(a is b for a, b in zip(made, _folding.held(conv), strict=True))
 
 
+PACKED = {  # weight, geometry, images: oneDNN wants two or three layouts of these 1x1 weights
+    "wide": ((512, 2048, 1, 1), dict(), (1, 2, 7, 10, 14)),
+    "strided": ((512, 256, 1, 1), dict(stride=2), (1, 8, 16, 28, 40)),
+    "stem": ((64, 3, 7, 7), dict(stride=2, padding=3), (1, 2, 9, 20, 32)),
+    "3x3": ((64, 64, 3, 3), dict(padding=1, stride=2), (1, 4, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16)),
+    "grouped": ((64, 4, 3, 3), dict(padding=1, groups=16), (1, 4, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16)),
+}
+
+
+@plain_process
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("what", PACKED)
+def test_every_size_gets_the_packing_that_it_wants(what, dtype, randn, monkeypatch):
+    """A weight in the wrong one gives the same values, up to 700 times later: a network that has seen images of one
+    size, or one image, would be slow with others. One in the right one is folded once."""
+    if folded_conv.onednn_obstacle(dtype):
+        pytest.skip("oneDNN has no bf16 on this processor")
+    size, options, pixels = PACKED[what]
+    conv = nn.Conv2d(size[1] * options.get("groups", 1), size[0], size[2], bias=False, **options).to(dtype)
+    norm = randomize(fastres.FusedBatchNorm2d(size[0])).eval().to(dtype)
+    right, used = _inference.onednn_conv, []
+
+    def onednn_conv(x, f, g, *rest):
+        fresh = folded_conv.pack(
+            folded_conv.Folded(torch.zeros(size, dtype=dtype), f.bias), g, tuple(x.shape)
+        )
+        assert folded_conv.layout_name(f.weight) == folded_conv.layout_name(fresh.weight)
+        used.append(f.weight)
+        return right(x, f, g, *rest)
+
+    monkeypatch.setattr(_inference, "onednn_conv", onednn_conv)
+    with torch.no_grad(), functional.winograd("off"):
+        for n in (*pixels, *pixels):
+            for batch in (1, 2):
+                x = randn(batch, conv.in_channels, n, n, dtype=dtype, layout=LAST)
+                _inference.convolve(x, conv, norm.fused(), True)
+    names = {folded_conv.layout_name(w) for w in used}
+    assert len({id(w) for w in used}) == len(names) == _folding.count(conv) <= 4
+    assert len(used) == 4 * len(pixels)
+
+
+def test_the_name_of_a_layout_has_no_chance_in_it():
+    """oneDNN's description has bytes that nobody sets; of a 3x3 weight they hold what the stack held before."""
+    weight, g = (128, 128, 3, 3), folded_conv.Geometry((1, 1), (1, 1), (1, 1), 1)
+    if "AVX512" in torch.backends.cpu.get_cpu_capability():  # one layout for all sizes
+        names = {folded_conv.packing(torch.empty(1, 128, n, n), weight, g) for n in range(3, 40, 4)}
+        assert len(names) == 1
+
+
 @plain_process
 def test_winograd_where_it_was_measured(randn):
     net = randomize(fastres.ResNet(18, out_indices=(3,))).eval()
@@ -482,7 +531,9 @@ def test_batches_and_sizes_share_the_weight(randn):
         x = randn(n, 16, h, w, layout=LAST)
         with torch.no_grad():
             assert_close64(f"{n}x{h}x{w}", ours(x), plain(x), ref(x.double()))
-    assert fastres._folding.count(ours) == 7
+    assert (
+        7 <= fastres._folding.count(ours) <= 14
+    )  # convolutions; oneDNN may want another packing for few pixels
 
 
 @plain_process

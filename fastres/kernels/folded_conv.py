@@ -137,11 +137,40 @@ def aten_conv(x: Tensor, f: Folded, g: Geometry, relu: bool, other: Tensor | Non
 
 
 def pack(f: Folded, g: Geometry, shape: tuple[int, ...]) -> Folded:
-    """The weight in oneDNN's own layout, which serves inputs of other sizes than ``shape`` as well."""
+    """The weight in oneDNN's own layout for an input of this shape. It serves other inputs as well, but where oneDNN
+    wants another layout for them (:func:`packing`) it packs anew at each call, with 1x1 weights by a loop that takes up
+    to 700 times as long as the convolution."""
     packed = torch.ops.mkldnn._reorder_convolution_weight(
         f.weight, g.padding, g.stride, g.dilation, g.groups, list(shape)
     )
     return Folded(packed, f.bias)
+
+
+# Bytes of oneDNN's description of a tensor that nobody sets: they lie between its 32-bit and its 64-bit fields.
+_HOLES = {772: ((108, 112), (316, 320), (420, 424))}
+
+
+def layout_name(packed: Tensor) -> bytes:
+    """Names the layout of a packed weight."""
+    described = bytearray(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
+    for first, last in _HOLES.get(len(described), ()):
+        described[first:last] = bytes(last - first)
+    return bytes(described)
+
+
+def packing(x: Tensor, weight: Sequence[int], g: Geometry) -> bytes:
+    """Names the layout that oneDNN wants a weight of this shape in for a convolution of x [B, C, H, W]; a layer keeps
+    one weight for each name, two or three for all sizes of images."""
+    return _packing(tuple(weight), g, tuple(x.shape), x.dtype, torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=4096)
+def _packing(
+    weight: tuple[int, ...], g: Geometry, shape: tuple[int, ...], dtype: torch.dtype, threads: int
+) -> bytes:
+    """By packing a weight of zeros: PyTorch has no other way to ask."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
+        return layout_name(pack(Folded(torch.zeros(weight, dtype=dtype), torch.empty(0)), g, shape).weight)
 
 
 def onednn_conv(

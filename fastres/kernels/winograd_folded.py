@@ -4,8 +4,8 @@ forward     as ``winograd``: Y = A^T [ (B^T d B) . (G g G^T) ] A, then + bias + 
 weight      G g G^T is made once and packed once: the (tile + 2)^2 matrix products are one 1x1 convolution of as many
             groups, whose pixels are the tiles. With AVX-512 that runs at twice the rate of PyTorch's batched product
 packing     oneDNN wants another packing for few rows than for many, and where it gets the wrong one it packs anew at
-            each call, which takes up to 50 times as long as the products. ``packing`` asks it which one it wants, so
-            that a layer keeps two at most, however many sizes of images come
+            each call, which takes up to 50 times as long as the products. ``winograd_packing`` asks it which one it
+            wants, so that a layer keeps two at most, however many sizes of images come
 bias        a row of the products that every sum of the last transform takes in
 rounding    float32 throughout; see ``winograd`` for the points of interpolation
 traffic     R x, the weight (1.8 or 4 times as large as the direct form's), other; W y; the patches stay in the cache
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastres.kernels.folded_conv import Folded
+from fastres.kernels.folded_conv import Folded, layout_name
 from fastres.kernels.winograd import Steps, table, weights
 
-__all__ = ["packing", "winograd_folded", "winograd_fold"]
+__all__ = ["winograd_folded", "winograd_fold", "winograd_packing"]
 
 
 def _rows(steps: Steps) -> int:
@@ -44,11 +44,10 @@ def _pack(u: Tensor, groups: int, rows: int) -> Tensor:
 @functools.lru_cache(maxsize=1024)
 def _packing(n: int, c: int, groups: int, rows: int) -> bytes:
     with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
-        packed = _pack(torch.zeros(groups * n, c, 1, 1), groups, rows)
-        return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
+        return layout_name(_pack(torch.zeros(groups * n, c, 1, 1), groups, rows))
 
 
-def packing(x: Tensor, n: int, tile: int) -> bytes:
+def winograd_packing(x: Tensor, n: int, tile: int) -> bytes:
     """Name of the layout that oneDNN wants the weight of a convolution of x [B, C, H, W] to n channels in."""
     steps = Steps(x, tile)
     return _packing(n, x.shape[1], steps.products, _rows(steps))
@@ -66,7 +65,7 @@ def winograd_folded(x: Tensor, f: Folded, tile: int, other: Tensor | None, relu:
 
     Args:
         x: [B, C, H, W], channels_last, float32.
-        f: from :func:`winograd_fold`, for this tile and :func:`packing`.
+        f: from :func:`winograd_fold`, for this tile and :func:`winograd_packing`.
         tile: 2 or 4.
         other: [B, N, H, W], or None.
         relu: end in a ReLU.
