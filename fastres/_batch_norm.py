@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastres._routing import (
@@ -169,7 +168,9 @@ def aten_batch_norm(y: Tensor, bn: BatchNorm) -> Tensor:
     if mean is None and bn.training and bn.running_mean is not None and bn.running_var is not None:
         # Recomputed under checkpointing: ATen saves these for backward, and as many tensors must be saved as before.
         mean, var = bn.running_mean.clone(), bn.running_var.clone()
-    z = F.batch_norm(y, mean, var, bn.weight, bn.bias, bn.training, momentum, bn.eps)
+    # What F.batch_norm calls; it would only check again that there is more than one value.
+    switch = torch.backends.cudnn.enabled
+    z = torch.batch_norm(y, bn.weight, bn.bias, mean, var, bn.training, momentum, bn.eps, switch)
     count_batch(bn, tracked)
     return z
 

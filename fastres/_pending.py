@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastres import _cpu, _folding, _inference
 from fastres._batch_norm import (
@@ -183,6 +184,7 @@ def plain_conv(conv: nn.Module) -> bool:
         is None  # not by attribute, which nn.Module looks up in three places
         and conv.padding_mode == "zeros"
         and type(conv.padding) is not str
+        and "forward" not in conv.__dict__
         and not (conv._forward_hooks or conv._forward_pre_hooks)
         and not (conv._backward_hooks or conv._backward_pre_hooks)
     )
@@ -209,10 +211,16 @@ def _convolve(conv: nn.Module, x: Tensor, bn: BatchNorm) -> Tensor:
     """The module called, or its form on a CPU."""
     tile, weights = _cpu.winograd_tiles(conv, x, bn.training)
     if not weights:
-        if not isinstance(conv, nn.Conv2d) or not plain_conv(conv):
+        if type(conv) is not nn.Conv2d or not plain_conv(conv) or _has_any_global_hook():
             return conv(x)
-        low = cast_weight(conv.weight, x.device)
-        return conv(x) if low is None else conv._conv_forward(x, low, None)
+        weight: Tensor | None = conv._parameters.get("weight")
+        if weight is None or isinstance(x, fx.Proxy) or torch.jit.is_tracing():
+            return conv(x)
+        low = cast_weight(weight, x.device)
+        assert not isinstance(conv.padding, str)
+        weight = weight if low is None else low
+        # What the module would call.
+        return torch.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
     assert isinstance(conv, nn.Conv2d)
     record("conv", x, "winograd", "cpu: measured" + ("" if tile else "; weight gradient only"), (bn,))
     return winograd_conv(x, conv.weight, tile, weights)

@@ -291,3 +291,31 @@ def test_launches_are_those_of_the_parts() -> None:
             net(x).backward(torch.randn(3, 16, 4, 3))
         counts.append(count[0])
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("backend", ["reference", "aten"])
+def test_a_forward_of_an_instance_is_called(backend: str) -> None:
+    """Tools put one on a convolution; only the module's own call finds it."""
+    net, called = layer(in_channels=8, stride=2), []
+    for name, conv in net.named_modules():
+        if isinstance(conv, nn.Conv2d):
+
+            def forward(x: Tensor, conv: nn.Conv2d = conv, name: str = name) -> Tensor:
+                called.append(name)
+                return nn.Conv2d.forward(conv, x)
+
+            conv.forward = forward
+    with fn.backend(backend), fn.moments("on"):
+        net(image(8)).sum().backward()
+    assert sorted(called) == ["0.conv1", "0.conv2", "0.conv3", "0.downsample.0"]
+
+
+def test_hooks_for_all_modules_see_convolutions() -> None:
+    net, seen = layer(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, a, out: seen.append(type(m)))
+    try:
+        z = fn.conv_bn(image(), net[0].conv1, net[0].bn1.fused())
+        fn.materialize(z)
+    finally:
+        handle.remove()
+    assert seen == [nn.Conv2d]
