@@ -29,7 +29,7 @@ from fastres.kernels.folded_conv import Folded
 
 __all__ = ["KEPT", "Sources", "Untracked", "count", "forget", "get", "held", "trained"]
 
-KEPT = 6  # entries a convolution: routes, dtypes, layouts and packings that it is used in by turns
+KEPT = 8  # entries a convolution: routes, dtypes, layouts and packings that it is used in by turns
 
 
 class Sources(NamedTuple):
