@@ -569,11 +569,12 @@ def routes_and_values(randn):
 
 
 @plain_process
-def test_an_operator_that_is_missing_or_changed_is_not_used(randn, monkeypatch, untried):
+@pytest.mark.parametrize("operator", ["pack", "layout_name", "onednn_conv"])
+def test_an_operator_that_is_missing_or_changed_is_not_used(operator, randn, monkeypatch, untried):
     def broken(*args):
         raise RuntimeError("mkldnn::_reorder_convolution_weight() expected 7 arguments")
 
-    monkeypatch.setattr(folded_conv, "pack", broken)
+    monkeypatch.setattr(folded_conv, operator, broken)
     used, why = routes_and_values(randn)
     assert used == {"folded"} and "failed when it was tried: RuntimeError" in why.pop()
 

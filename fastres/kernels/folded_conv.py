@@ -239,6 +239,7 @@ def _onednn_trial(dtype: torch.dtype) -> str:
             kept = other.clone(memory_format=torch.preserve_format)
             try:
                 packed = pack(f, g, tuple(x.shape))
+                layout_name(packed.weight)
                 found = [
                     (onednn_conv(x, packed, g, False, None, False, False), plain),
                     (onednn_conv(x, packed, g, True, None, False, True), plain.relu()),
