@@ -141,16 +141,17 @@ def _wants(*tensors: Tensor | None) -> bool:
 
 def foldable(p: Pending) -> bool:
     """Whether a norm may be folded: it uses running statistics, and no gradient is wanted of anything before it."""
-    if p.bn.training or p._y is not None or p._moments is not None or off():
+    if p.bn.training or p._y is not None or p._moments is not None:
         return False
-    if not torch.is_grad_enabled():
-        return True
-    q: Tensor | Pending | Linked = p
-    while isinstance(q, Pending):
-        if q.bn.training or _wants(*_own(q.conv), q.bn.weight, q.bn.bias):
+    if torch.is_grad_enabled():
+        q: Tensor | Pending | Linked = p
+        while isinstance(q, Pending):
+            if q.bn.training or _wants(*_own(q.conv), q.bn.weight, q.bn.bias):
+                return False
+            q = q.x
+        if not isinstance(q, Tensor) or q.requires_grad:
             return False
-        q = q.x
-    return isinstance(q, Tensor) and not q.requires_grad
+    return not off()
 
 
 def fits_norm(bn: BatchNorm) -> _inference.Check:
