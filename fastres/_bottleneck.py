@@ -22,7 +22,8 @@ from fastres.kernels._launch import channels_last
 from fastres.kernels._library import unwatched
 from fastres.kernels.batch_norm import batch_norm_act, batch_norm_stats
 from fastres.kernels.block_start import start_conv
-from fastres.kernels.bottleneck import Geometry, Made, bottleneck
+from fastres.kernels.bottleneck import Made, bottleneck
+from fastres.kernels.folded_conv import Geometry
 
 __all__ = ["whole"]
 
@@ -88,10 +89,11 @@ def _plain_input(x: Tensor) -> bool:
     return not torch.is_autocast_enabled(device) or x.dtype == torch.get_autocast_dtype(device)
 
 
-def _size(size: int, i: int, conv: nn.Conv2d) -> int:
-    """Height (i = 0) or width of a convolution's result."""
-    reach = conv.dilation[i] * (conv.kernel_size[i] - 1) + 1
-    return (size + 2 * conv.padding[i] - reach) // conv.stride[i] + 1  # type: ignore[operator]
+def _geometry(p: Pending) -> Geometry:
+    """Of a plain convolution."""
+    conv = p.conv
+    assert isinstance(conv, nn.Conv2d) and not isinstance(conv.padding, str)
+    return Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _result(p: _Parts) -> tuple[int, int] | None:
@@ -110,23 +112,18 @@ def _result(p: _Parts) -> tuple[int, int] | None:
         return None
     if not pointwise(conv3, mid, dtype) or conv3.stride != (1, 1):
         return None
-    size = height, width = _size(h, 0, conv2), _size(w, 1, conv2)
-    rows, kind, shortcut, deepest = n * height * width, "block_end", (c, h, w), mid
+    _, _, height, width = _geometry(p.middle).out(p.x.shape, weight2.shape)
+    rows, kind, shortcut, deepest = n * height * width, "block_end", tuple(p.x.shape), mid
     if p.down is not None:
         if not pointwise(p.down.conv, c, dtype):
             return None
-        step, kind, deepest = _step(p.down), "pair_end", max(mid, c)
-        shortcut = (_weight(p.down).shape[0], (h - 1) // step + 1, (w - 1) // step + 1)
-    if shortcut != (out, *size) or rows < 4 * deepest:
+        kind, deepest = "pair_end", max(mid, c)
+        shortcut = _geometry(p.down).out(p.x.shape, _weight(p.down).shape)
+    if shortcut != (n, out, height, width) or rows < 4 * deepest:
         return None
     itemsize = p.x.element_size()
     pays = moments_pay(n * h * w, c, weight1.shape[0], "block_start", itemsize)
-    return size if pays and moments_pay(rows, out, mid, kind, itemsize) else None
-
-
-def _step(p: Pending) -> int:
-    assert isinstance(p.conv, nn.Conv2d)
-    return p.conv.stride[0]
+    return (height, width) if pays and moments_pay(rows, out, mid, kind, itemsize) else None
 
 
 def _sound(parts: tuple[Pending, ...], device: torch.device) -> bool:
@@ -196,9 +193,7 @@ def whole(
 def _make(p: _Parts, linked: bool, sound: bool) -> Made | None:
     """Evaluate a bottleneck up to its end. None where the convolution in the middle does not give channels_last; the
     parts are evaluated again then, but update no statistics that have been updated here (``Pending.once``)."""
-    x, bn1, bn2, bn3, conv2 = p.x, p.front.bn, p.middle.bn, p.branch.bn, p.middle.conv
-    assert isinstance(conv2, nn.Conv2d) and not isinstance(conv2.padding, str)
-    geometry = Geometry(conv2.stride, conv2.padding, conv2.dilation, conv2.groups)
+    x, bn1, bn2, bn3, geometry = p.x, p.front.bn, p.middle.bn, p.branch.bn, _geometry(p.middle)
     low1, low2 = low_weight(_weight(p.front), x), low_weight(_weight(p.middle), x)
     second = folded2 = None
     with torch.no_grad():
@@ -214,7 +209,9 @@ def _make(p: _Parts, linked: bool, sound: bool) -> Made | None:
         folded = moment_form.fold(first, *_running(p.branch), fast)
         if p.down is not None:
             bn = p.down.bn
-            second = moment_form.Branch(x, _weight(p.down), bn.weight, bn.bias, bn.eps, True, _step(p.down))
+            second = moment_form.Branch(
+                x, _weight(p.down), bn.weight, bn.bias, bn.eps, True, _geometry(p.down).stride[0]
+            )
             folded2 = moment_form.fold(second, *_running(p.down), fast)
     start = (low1, y1, mean1, var1, bn1.eps, p.bits, z1, low2, geometry)
     return Made(*start, first, folded, second, folded2, linked, fast)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastres import _cpu, _folding, _inference
@@ -181,22 +181,26 @@ def plain_conv(conv: nn.Module) -> bool:
     """Whether a module is exactly a convolution that nothing else watches or changes."""
     return (
         type(conv) is nn.Conv2d
-        and conv._parameters.get("bias", conv)
-        is None  # not by attribute, which nn.Module looks up in three places
+        and conv._parameters.get("bias", conv) is None  # an attribute is looked up in three places
         and conv.padding_mode == "zeros"
         and type(conv.padding) is not str
         and "forward" not in conv.__dict__
         and not (conv._forward_hooks or conv._forward_pre_hooks)
         and not (conv._backward_hooks or conv._backward_pre_hooks)
+        and not _has_any_global_hook()
     )
+
+
+def _weight(conv: nn.Conv2d) -> Tensor:
+    weight: Tensor | None = conv._parameters.get("weight")
+    return conv.weight if weight is None else weight  # a plain attribute, as sharding makes them
 
 
 def pointwise(conv: nn.Module, c: int, dtype: torch.dtype) -> bool:
     """Whether a module is exactly a 1x1 convolution of this input that nothing else watches or changes."""
     if type(conv) is not nn.Conv2d or not plain_conv(conv):
         return False
-    weight: Tensor | None = conv._parameters.get("weight")
-    weight = conv.weight if weight is None else weight  # a plain attribute, as sharding makes them
+    weight = _weight(conv)
     return (
         conv.kernel_size == (1, 1)
         and conv.padding == (0, 0)
@@ -212,13 +216,11 @@ def _convolve(conv: nn.Module, x: Tensor, bn: BatchNorm) -> Tensor:
     """The module called, or its form on a CPU."""
     tile, weights = _cpu.winograd_tiles(conv, x, bn.training)
     if not weights:
-        if type(conv) is not nn.Conv2d or not plain_conv(conv) or _has_any_global_hook():
+        if type(conv) is not nn.Conv2d or not plain_conv(conv) or torch.jit.is_tracing():
             return conv(x)
-        weight: Tensor | None = conv._parameters.get("weight")
-        if weight is None or isinstance(x, fx.Proxy) or torch.jit.is_tracing():
-            return conv(x)
-        low = cast_weight(weight, x.device)
         assert not isinstance(conv.padding, str)
+        weight = _weight(conv)
+        low = cast_weight(weight, x.device)
         weight = weight if low is None else low
         # What the module would call.
         return torch.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)

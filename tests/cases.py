@@ -25,6 +25,21 @@ NCHW, LAST = torch.contiguous_format, torch.channels_last
 LAYOUTS = [pytest.param(NCHW, id="nchw"), pytest.param(LAST, id="channels_last")]
 
 
+def graph(out: Tensor) -> set[Any]:
+    """All nodes of the autograd graph behind ``out``."""
+    seen, todo = {out.grad_fn}, [out.grad_fn]
+    while todo:
+        for node, _ in todo.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                todo.append(node)
+    return seen
+
+
+def node_names(out: Tensor) -> set[str]:
+    return {type(node).__name__ for node in graph(out)}
+
+
 class Route(NamedTuple):
     backend: str
     device: str

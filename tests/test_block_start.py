@@ -17,6 +17,7 @@ from fastres import functional as fn
 from fastres.kernels import _pointwise_plan as plan
 from fastres.kernels.block_start import block_start, start_conv
 from fastres.reference import pack_rows
+from tests.cases import graph, node_names
 from tests.tolerance import assert_close64, assert_layout, poison
 
 LAST = torch.channels_last
@@ -223,17 +224,6 @@ def fused(mode: str = "on") -> Iterator[None]:
         yield
 
 
-def names(out: Tensor) -> set[str]:
-    """Names of all nodes of the autograd graph behind ``out``."""
-    seen, todo = {out.grad_fn}, [out.grad_fn]
-    while todo:
-        for node, _ in todo.pop().next_functions:
-            if node is not None and node not in seen:
-                seen.add(node)
-                todo.append(node)
-    return {type(n).__name__ for n in seen}
-
-
 def stage(stride: int, **options: object) -> tuple[fastres.ResLayer, Tensor]:
     torch.manual_seed(3)
     layer = fastres.ResLayer(fastres.Bottleneck, 2, 32, 64, stride=stride, **options)
@@ -260,8 +250,8 @@ def test_blocks_use_it_and_agree(stride: int, node: str) -> None:
         net.zero_grad()
         with fused(mode):
             out = net(leaf)
-        assert (node in names(out)) == (mode == "on")
-        assert "_UnmaskedBackward" not in names(out)
+        assert (node in node_names(out)) == (mode == "on")
+        assert "_UnmaskedBackward" not in node_names(out)
         out.backward(dy.to(kind))
         results.append([out.detach(), leaf.grad, *(p.grad.clone() for p in net.parameters())])
         # One sum of gradients fewer a block is the point: the two uses of a block's input have one gradient.
@@ -282,7 +272,7 @@ def test_blocks_leave_it(why: str) -> None:
         x = x.detach().contiguous().requires_grad_()
     with fused("off" if why == "off" else "on"):
         out = block(x)
-    assert not names(out) & {"_BlockStartBackward", "_BottleneckBackward"}
+    assert not node_names(out) & {"_BlockStartBackward", "_BottleneckBackward"}
 
 
 # ------------------------------------------------------------------------------------------- from block to block
@@ -330,17 +320,9 @@ def test_a_block_in_between_gets_its_gradient_masked(node: str) -> None:
     net, x = network(num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(1,))
     with fused():
         (out,) = net(x)
-    assert "_UnmaskedBackward" not in names(out)
-    marks = []
-    todo, seen = [out.grad_fn], set()
-    while todo:
-        found = todo.pop()
-        if found is None or found in seen:
-            continue
-        seen.add(found)
-        if type(found).__name__ in ("_BlockEndBackward", "_BottleneckBackward"):
-            marks.append(found.saved_tensors[0] is None)
-        todo += [n for n, _ in found.next_functions]
+    assert "_UnmaskedBackward" not in node_names(out)
+    ends = [n for n in graph(out) if type(n).__name__ in ("_BlockEndBackward", "_BottleneckBackward")]
+    marks = [n.saved_tensors[0] is None for n in ends]
     assert sorted(marks) == [False] + [True] * 6  # 3 + 4 blocks
     both(net, x, torch.randn(out.shape), lambda net, leaf, dy: list(net(leaf)))
 
@@ -400,7 +382,7 @@ def test_recomputed_input_gives_the_same_bits(options: dict[str, int]) -> None:
         leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
         with fused(), fn.memory(mode):
             out = layer(leaf)
-            assert ("_RecomputedConvBackward" in names(out)) == (mode == "recompute")
+            assert ("_RecomputedConvBackward" in node_names(out)) == (mode == "recompute")
             out.backward(torch.ones_like(out).cumsum(1))
         results.append([out, leaf.grad, *(p.grad.clone() for p in layer.parameters()), *layer.buffers()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

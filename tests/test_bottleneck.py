@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import fastres
 from fastres import _block_end, _bottleneck
 from fastres import functional as fn
-from tests.cases import Route, routes
+from tests.cases import Route, node_names, routes
 from tests.tolerance import poison
 
 LAST = torch.channels_last
@@ -54,19 +54,8 @@ def by_parts() -> Iterator[None]:
         yield
 
 
-def nodes(out: Tensor) -> set[str]:
-    """Names of the autograd nodes behind ``out``."""
-    seen, todo = {out.grad_fn}, [out.grad_fn]
-    while todo:
-        for node, _ in todo.pop().next_functions:
-            if node is not None and node not in seen:
-                seen.add(node)
-                todo.append(node)
-    return {type(n).__name__ for n in seen}
-
-
 def taken(out: Tensor) -> bool:
-    return "_BottleneckBackward" in nodes(out)
+    return "_BottleneckBackward" in node_names(out)
 
 
 def step(net: nn.Module, x: Tensor, dy: Tensor, run: Callable[..., Tensor] | None = None) -> list[Tensor]:
@@ -135,7 +124,7 @@ def test_same_bits_from_block_to_block(route: Route) -> None:
     net = layer(3, in_channels=8, stride=2).to(route.device)
     x = image(8, device=route.device)
     with fn.backend(route.backend), fn.moments("on"):
-        found = nodes(net(x))
+        found = node_names(net(x))
     assert found == {"_BottleneckBackward", "AccumulateGrad"}
     agree(route, net, x, torch.randn(3, 16, 4, 3).to(route.device))
 

@@ -337,7 +337,7 @@ def test_the_quick_way_is_the_usual_one(what, randn, monkeypatch):
     assert log == log2
     assert torch.equal(got, usual) if isinstance(usual, torch.Tensor) else got == usual
     ours = ["plain", "1x1", "groups", "bias", "off", "other", "inference"]
-    ours += ["bf16"] * (not folded_conv.onednn_obstacle(torch.bfloat16))
+    ours += ["bf16"] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert (taken[0] is not None) == (what in ours)
 
 
@@ -408,7 +408,7 @@ PACKED = {  # weight, geometry, images: oneDNN wants two or three layouts of the
 def test_every_size_gets_the_packing_that_it_wants(what, dtype, randn, monkeypatch):
     """A weight in the wrong one gives the same values, up to 700 times later: a network that has seen images of one
     size, or one image, would be slow with others. One in the right one is folded once."""
-    if folded_conv.onednn_obstacle(dtype):
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN has no bf16 on this processor")
     size, options, pixels = PACKED[what]
     conv = nn.Conv2d(size[1] * options.get("groups", 1), size[0], size[2], bias=False, **options).to(dtype)
@@ -434,12 +434,14 @@ def test_every_size_gets_the_packing_that_it_wants(what, dtype, randn, monkeypat
     assert len(used) == 4 * len(pixels)
 
 
+@pytest.mark.skipif(
+    "AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="has several layouts of it"
+)
 def test_the_name_of_a_layout_has_no_chance_in_it():
     """oneDNN's description has bytes that nobody sets; of a 3x3 weight they hold what the stack held before."""
     weight, g = (128, 128, 3, 3), folded_conv.Geometry((1, 1), (1, 1), (1, 1), 1)
-    if "AVX512" in torch.backends.cpu.get_cpu_capability():  # one layout for all sizes
-        names = {folded_conv.packing(torch.empty(1, 128, n, n), weight, g) for n in range(3, 40, 4)}
-        assert len(names) == 1
+    names = {folded_conv.packing(torch.empty(1, 128, n, n), weight, g) for n in range(3, 40, 4)}
+    assert len(names) == 1  # with AVX-512 one layout for all sizes
 
 
 @plain_process
@@ -531,9 +533,8 @@ def test_batches_and_sizes_share_the_weight(randn):
         x = randn(n, 16, h, w, layout=LAST)
         with torch.no_grad():
             assert_close64(f"{n}x{h}x{w}", ours(x), plain(x), ref(x.double()))
-    assert (
-        7 <= fastres._folding.count(ours) <= 14
-    )  # convolutions; oneDNN may want another packing for few pixels
+    # Seven convolutions; oneDNN may want another packing for few pixels.
+    assert 7 <= fastres._folding.count(ours) <= 14
 
 
 @plain_process

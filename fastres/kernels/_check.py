@@ -48,11 +48,9 @@ def check_activation(op: str, argument: str, x: Any) -> None:
 def check_vectors(
     op: str, names: tuple[str, ...], vectors: tuple[Any, ...], channels: int, device: torch.device
 ) -> None:
-    """Per-channel vectors, or None."""
+    """Per-channel vectors, or None; one call for all of a norm's, for this runs at every norm of every pass."""
     shape = (channels,)
-    for name, v in zip(
-        names, vectors, strict=True
-    ):  # one call for all: this runs for every norm of every pass
+    for name, v in zip(names, vectors, strict=True):
         if v is None:
             continue
         if type(v) in PLAIN and v.shape == shape and v.device == device and v.dtype.is_floating_point:

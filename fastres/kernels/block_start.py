@@ -255,7 +255,7 @@ class _BlockStart(torch.autograd.Function):
             dz, did, x, low, gamma, beta, y, mean, var, count, bits, ctx.eps, ctx.batch, ctx.group, ctx.stride,
             unwatched(dz, gamma, beta, mean, var), need[0], need[1], need[3] or need[4],
         )  # fmt: skip
-        dw = None if dw is None else dw if dw.dtype == ctx.dtype else dw.to(ctx.dtype)
+        dw = None if dw is None else dw.to(ctx.dtype)
         return dx, dw, None, dgamma if need[3] else None, dbeta if need[4] else None, *(None,) * 9
 
 

@@ -19,20 +19,12 @@ from fastres.kernels import block_end, block_start
 from fastres.kernels import fused_conv_bn_relu as ops
 from fastres.kernels._library import applied, unwatched
 from fastres.kernels.block_end import Branch, Folded
+from fastres.kernels.folded_conv import Geometry
 
-__all__ = ["Geometry", "Made", "bottleneck"]
+__all__ = ["Made", "bottleneck"]
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _NONE = (None,) * len(Folded._fields)
-
-
-class Geometry(NamedTuple):
-    """Of the convolution in the middle."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
 
 
 class Made(NamedTuple):
@@ -50,7 +42,7 @@ class Made(NamedTuple):
     bits: Tensor | None
     z1: Tensor
     low2: Tensor
-    geometry: Geometry
+    geometry: Geometry  # of the convolution in the middle
     first: Branch  # conv3 and its norm, with the second norm in front
     folded: Folded
     second: Branch | None  # the downsample and its norm
@@ -109,8 +101,7 @@ class _Bottleneck(torch.autograd.Function):
         assert dw1 is not None
         dtype1, dtype2 = ctx.dtypes
         return (
-            dx, dw1 if dw1.dtype == dtype1 else dw1.to(dtype1), dgamma1, dbeta1,
-            dw2 if dw2.dtype == dtype2 else dw2.to(dtype2), end.gamma0, end.beta0, end.weight, end.gamma, end.beta,
+            dx, dw1.to(dtype1), dgamma1, dbeta1, dw2.to(dtype2), end.gamma0, end.beta0, end.weight, end.gamma, end.beta,
             end.weight2, end.gamma2, end.beta2, None,
         )  # fmt: skip
 
