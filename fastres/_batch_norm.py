@@ -21,6 +21,7 @@ from fastres.kernels._sync import merge_over_group, update_running
 
 __all__ = [
     "Moments",
+    "Running",
     "apply_norm",
     "aten_batch_norm",
     "batch_norm",
@@ -31,6 +32,7 @@ __all__ = [
     "merge_ranks",
     "noted_batch_norm",
     "recomputing",
+    "running",
     "statistics_of",
     "tracking",
     "untracked",
@@ -95,6 +97,14 @@ def counter(tracked: BatchNorm) -> Tensor | None:
     return tracked.num_batches_tracked
 
 
+Running = tuple[Tensor | None, Tensor | None, float, Tensor | None]
+
+
+def running(tracked: BatchNorm, momentum: float) -> Running:
+    """Of what ``tracking`` gave: the running statistics that an operator is to update, the momentum and the counter."""
+    return tracked.running_mean, tracked.running_var, momentum, counter(tracked)
+
+
 def count_batch(bn: BatchNorm, tracked: BatchNorm, counted: bool = False) -> None:
     """Count the batch of a norm of which ``tracking`` made ``tracked``, unless it is ``counted`` (:func:`counter`);
     after its statistics, for they may raise.
@@ -142,8 +152,7 @@ def statistics_of(y: Tensor, bn: BatchNorm, partial: conv_ops.Partial | None = N
         return Moments(bn.running_mean, bn.running_var, None, None)
     tracked, momentum = tracking(bn)
     if bn.group is None:
-        running = tracked.running_mean, tracked.running_var, momentum, counter(tracked)
-        mean, var = _statistics(y, partial, *running)
+        mean, var = _statistics(y, partial, *running(tracked, momentum))
         count_batch(bn, tracked, counted=True)
         return Moments(mean, var, None, None)
     mean, var = _statistics(y, partial, None, None, 0.0)

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from fastres import _inference
 from fastres._batch_norm import (
     Moments,
+    Running,
     aten_batch_norm,
     check_bn,
     check_norm,
     count_batch,
     counter,
     merge_ranks,
+    running,
     statistics_of,
     tracking,
 )
@@ -184,11 +186,11 @@ def _start(branch: Pending, identity: Tensor | Pending | Linked) -> Tensor | Non
     bn = root.once()
     tracked, momentum = tracking(bn)
     grouped = bn.training and bn.group is not None
-    running: tuple[Tensor | None, Tensor | None, float, Tensor | None] = (None, None, 0.0, None)
+    mine: Running = (None, None, 0.0, None)
     if bn.training and not grouped:
-        running = tracked.running_mean, tracked.running_var, momentum, counter(tracked)
+        mine = running(tracked, momentum)
     low = low_weight(conv.weight, x)
-    y, mean, var = start_conv(x.detach(), low, bn.training, *running)
+    y, mean, var = start_conv(x.detach(), low, bn.training, *mine)
     if not bn.training:
         s = statistics_of(y, bn)
     elif grouped:

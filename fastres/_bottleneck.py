@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastres._batch_norm import check_norm, counter, tracking
+from fastres._batch_norm import Running, check_norm, running, tracking
 from fastres._casts import low_weight
 from fastres._pending import Linked, Pending, plain_conv, pointwise
 from fastres._routing import decide, moments_pay, own_conv3x3, recomputes, record, transformed
@@ -126,18 +126,6 @@ def _result(p: _Parts) -> tuple[int, int] | None:
     return (height, width) if pays and moments_pay(rows, out, mid, kind, itemsize) else None
 
 
-def _sound(parts: tuple[Pending, ...], device: torch.device) -> bool:
-    """Whether kernels can read the norms' vectors as they lie: one look at each, instead of a check and a question."""
-    for p in parts:
-        shape = (_weight(p).shape[0],)
-        for v in p.bn[:4]:
-            if v is None or type(v) not in PLAIN or v.shape != shape or v.device != device:
-                return False
-            if not (v.dtype.is_floating_point and v.is_contiguous()):
-                return False
-    return True
-
-
 def _check(parts: tuple[Pending, ...], x: Tensor, size: tuple[int, int]) -> None:
     """The norms against what they will see."""
     n, _, h, w = x.shape
@@ -146,10 +134,8 @@ def _check(parts: tuple[Pending, ...], x: Tensor, size: tuple[int, int]) -> None
         check_norm(op, (n, _weight(p).shape[0], *((h, w) if i == 0 else size)), x.device, p.bn)
 
 
-def _running(p: Pending) -> tuple[Tensor | None, Tensor | None, float, Tensor | None]:
-    """The running statistics to update, and how."""
-    bn, momentum = tracking(p.once())
-    return bn.running_mean, bn.running_var, momentum, counter(bn)
+def _running(p: Pending) -> Running:
+    return running(*tracking(p.once()))
 
 
 def whole(
@@ -176,10 +162,8 @@ def whole(
     route, reason = decide("block_start", x, (), (front.bn,))
     if route == "aten":
         return None
-    sound = _sound(p.all, x.device)
-    if not sound or 1 in (x.numel() // x.shape[1], x.shape[0] * size[0] * size[1]):
-        _check(p.all, x, size)
-    made = _make(p, linked and _weight(branch).shape[0] > 1, sound)
+    _check(p.all, x, size)
+    made = _make(p, linked and _weight(branch).shape[0] > 1)
     if made is None:
         return None
     record("batch_norm", x, route, f"{reason}; block start", (front.bn,))
@@ -190,14 +174,14 @@ def whole(
     return Linked(out, signs) if made.linked else out
 
 
-def _make(p: _Parts, linked: bool, sound: bool) -> Made | None:
+def _make(p: _Parts, linked: bool) -> Made | None:
     """Evaluate a bottleneck up to its end. None where the convolution in the middle does not give channels_last; the
     parts are evaluated again then, but update no statistics that have been updated here (``Pending.once``)."""
     x, bn1, bn2, bn3, geometry = p.x, p.front.bn, p.middle.bn, p.branch.bn, _geometry(p.middle)
     low1, low2 = low_weight(_weight(p.front), x), low_weight(_weight(p.middle), x)
     second = folded2 = None
     with torch.no_grad():
-        fast = sound and unwatched(x)
+        fast = unwatched(x, *(v for q in p.all for v in q.bn[:4]))
         y1, mean1, var1 = start_conv.at(fast)(x, low1, True, *_running(p.front))
         z1 = batch_norm_act.at(fast)(y1, mean1, var1, bn1.weight, bn1.bias, bn1.eps, True, True, None, None)
         y2 = _convolve(z1, low2, None, *geometry)
