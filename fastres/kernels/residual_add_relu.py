@@ -352,20 +352,10 @@ def _backward_one(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         if ctx.training:
             (s1, s2), scale = over_group((sum_g, sum_gx), y, count, ctx.group)
         dy = batch_norm_backward(g, y, mean, var, gamma, beta, ctx.eps, False, keep, s1, s2, scale)
-    return (
-        dy,
-        None,
-        None,
-        dgamma,
-        dbeta,
-        None,
-        None,
-        None,
-        None,
-        (g if ctx.needs_input_grad[9] else None),
-        None,
-        None,
-    )
+    grads: list[Tensor | None] = [None] * 12
+    grads[0], grads[3], grads[4] = dy, dgamma, dbeta
+    grads[9] = g if ctx.needs_input_grad[9] else None
+    return tuple(grads)
 
 
 def _setup_pair(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
