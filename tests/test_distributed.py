@@ -290,6 +290,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     answers = {question.__name__: question(rank, world) for question in QUESTIONS}
     torch.save(answers, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    time.sleep(0.1)  # leaves the GIL to Gloo's threads, which abort the process if they come for it later
 
 
 def dying(rank: int, world: int, folder: str) -> None:

@@ -280,7 +280,7 @@ def test_resume_of_nothing_of_everything_and_of_something_else(config, tmp_path,
 # --- several processes --------------------------------------------------------------------------------------
 
 WORKER = """
-import contextlib, sys
+import contextlib, pathlib, sys, time
 sys.path.insert(0, {examples!r})
 import train
 
@@ -309,6 +309,11 @@ with train.start("cpu") as runtime:
     assert train.main([*common, batch_norm, "--work-dir", work + "/bn", "--epochs", "1"]) == 0
     code = train.main([*common, batch_norm, "--work-dir", work + "/compare", "--epochs", "1", "--compare"])
     assert code == 0
+    written = pathlib.Path(work) / "written"
+    if runtime.is_main:
+        time.sleep(0.5)
+        written.touch()
+assert written.exists(), "a process left before the main one had written its files"
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,8 +81,14 @@ def start(device_name: str = "auto") -> Iterator[Runtime]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Runtime(device, dist.get_rank(), world)
+        # Together: torchrun stops every process when one of them fails, and rank 0 may still be writing.
+        dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
     finally:
         dist.destroy_process_group()
+        # Gloo's threads take the GIL to free their last work. One that is late for it, when the interpreter shuts
+        # down, aborts the process (https://github.com/pytorch/pytorch/issues/190489), and nothing can be joined:
+        # DistributedDataParallel never lets go of its group. Asleep, this thread leaves the GIL to them.
+        time.sleep(0.1)
 
 
 def _device(name: str, local: int) -> torch.device:
