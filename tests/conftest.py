@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import launches
+from tests import launches, sanitizer
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -31,6 +31,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if folder and INTERPRET and HAS_TRITON:
         write = launches.record(Path(folder, f"{os.getpid()}.pickle"))
         config.add_cleanup(write)
+    if INTERPRET and HAS_TRITON:
+        watching = sanitizer.watch()
+        watching.__enter__()
+        config.add_cleanup(lambda: watching.__exit__(None, None, None))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
