@@ -1,5 +1,7 @@
 """Everything worth half an hour of a GPU, in stages that each fit one call of at most eight minutes.
 
+    python -m benchmarks.gpu --stage 0              what matters most, where there is time for one stage: selfcheck,
+                                                    ResNet-50 against eager and torch.compile, the GPU tests
     python -m benchmarks.gpu --stage 1              environment, selfcheck, the GPU tests
     python -m benchmarks.gpu --stage 2              ceilings, ResNet-50 baselines, where their time goes
     python -m benchmarks.gpu --stage 3              tune; the table goes to --out
@@ -7,7 +9,7 @@
                                                     where its time goes; the report
     python -m benchmarks.gpu --stage 5              compute-sanitizer, bytes by Nsight Compute against the declared,
                                                     the host's overhead
-    python -m benchmarks.gpu --stage all --dry      all of it at tiny sizes, on a CPU too
+    python -m benchmarks.gpu --stage all --dry      stages 1 to 5 at tiny sizes, on a CPU too
 
 A step that is done for this commit, in an unchanged working tree, is not done again, so a stage that was cut off goes
 on where it stopped (--again repeats). Steps that keep their own books (tests, rows, tuning table) are called again and
@@ -76,17 +78,36 @@ def stages(out: Path, dry: bool, limit: float) -> dict[int, list[Step]]:
     last = "eager channels_last"
     first = [last] if dry else [last, "compile channels_last"]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
+    ours = "fastres channels_last"
+    # Not max-autotune: Inductor alone would take the stage's time.
+    rivals = ["compile channels_last", "fastres graph channels_last"]
+    inference = (
+        [*tiny, "--budget", "1s"]
+        if dry
+        else ["--model", "resnet50", "--batch", "1", "256", "--budget", "10s"]
+    )
+    steps = "1" if dry else "5"
     check = _python("fastres", "selfcheck", "--small")
     shape = ["--shape", "2", "16", "8", "8"] if dry else []
+    environment = Step("environment", _python("fastres", "env"), 0.1)
+    selfcheck = Step("selfcheck", _python("fastres", "selfcheck"), 0.3)
+    gpu_tests = Step("gpu tests", _python(
+        "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "benchmarks.resume", "--passed",
+        f"{text}/passed.txt", "--continue-on-collection-errors", *tests,
+    ), 0.85, resumes=True)  # fmt: skip
     return {
-        1: [
-            Step("environment", _python("fastres", "env"), 0.1),
-            Step("selfcheck", _python("fastres", "selfcheck"), 0.3),
-            Step("gpu tests", _python(
-                "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "benchmarks.resume", "--passed",
-                f"{text}/passed.txt", "--continue-on-collection-errors", *tests,
-            ), 0.85, resumes=True),
+        0: [
+            environment,
+            selfcheck,
+            Step("networks", _python("benchmarks.run", "--suite", "networks", *network, *dtype, *rows, *quick, "--mode",
+                                     "train", "--alternatives", last, ours, *([] if dry else rivals),
+                                     *budget(0.3)), 0.4, resumes=True),
+            Step("profile", _python("benchmarks.profile", *network, *dtype, "--results", text, "--steps", steps,
+                                    "--alternatives", last, ours), 0.1),
+            Step("inference", _python("benchmarks.inference", *inference, *dtype, *rows), 0.2),
+            gpu_tests,
         ],
+        1: [environment, selfcheck, gpu_tests],
         2: [
             Step("ceilings", _python("benchmarks.ceilings", *rows, *(["--small"] if dry else [])), 0.2),
             Step("profile", _python("benchmarks.profile", *network, *dtype, "--out", f"{text}/profile.txt",
@@ -102,12 +123,9 @@ def stages(out: Path, dry: bool, limit: float) -> dict[int, list[Step]]:
                                      *every, "--mode", "train", "infer", *budget(0.35)), 0.45, "", table, True),
             Step("blocks and operations", _python("benchmarks.run", "--suite", "blocks", "operations", *small, *dtype,
                                                   *rows, *quick, *budget(0.2)), 0.25, "", table, True),
-            Step("inference", _python("benchmarks.inference", *(
-                [*tiny, "--budget", "1s"] if dry else ["--model", "resnet50", "--batch", "1", "256", "--budget", "10s"]
-            ), *dtype, *rows), 0.25, env=table),
-            Step("profile", _python("benchmarks.profile", *network, *dtype, "--results", text, "--steps",
-                                    "1" if dry else "5", "--alternatives", last, "fastres channels_last"), 0.15,
-                 env=table),
+            Step("inference", _python("benchmarks.inference", *inference, *dtype, *rows), 0.25, env=table),
+            Step("profile", _python("benchmarks.profile", *network, *dtype, "--results", text, "--steps", steps,
+                                    "--alternatives", last, ours), 0.15, env=table),
             Step("loading", _python("benchmarks.loading", *(
                 [*tiny, "--steps", "2", "--workers", "0"] if dry else ["--model", "resnet50", "--batch", "256"]
             ), *rows, *budget(0.1)), 0.12, env=table),
@@ -125,7 +143,7 @@ def stages(out: Path, dry: bool, limit: float) -> dict[int, list[Step]]:
     }  # fmt: skip
 
 
-STAGES = (1, 2, 3, 4, 5)
+STAGES = (1, 2, 3, 4, 5)  # and 0, the short of them
 
 
 def _path() -> str:
@@ -198,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--stage", default="all", choices=[*map(str, STAGES), "all"])
+    parser.add_argument("--stage", default="all", choices=["0", *map(str, STAGES), "all"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--limit", type=seconds, default=480.0, help="time of a stage (default 8m)")
     parser.add_argument("--dry", action="store_true", help="tiny sizes, on whatever device is there")

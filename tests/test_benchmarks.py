@@ -298,7 +298,7 @@ def test_declared_bytes_meet_the_profile():
 def test_stages_fit_their_limit_and_name_real_programs(tmp_path):
     for dry in (True, False):
         todo = gpu.stages(tmp_path, dry, 480.0)
-        assert set(todo) == set(gpu.STAGES)
+        assert set(todo) == {0, *gpu.STAGES}
         for steps in todo.values():
             assert all(0 < s.share <= 1 and s.command for s in steps)
 
@@ -529,6 +529,22 @@ def test_dry_run_of_every_stage(tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     layered = [r["alternative"] for _, rows in read(tmp_path) for r in rows if "layers_ms" in r]
     assert sorted(layered) == ["eager channels_last"] * 2 + ["fastres channels_last"]
+
+
+def test_dry_run_of_the_short_stage(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "_run", in_this_process)
+    monkeypatch.setattr(gpu, "commit", lambda: "abc")
+    monkeypatch.setattr(run, "gate", lambda device: [])
+    assert gpu.main(["--dry", "--stage", "0", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
+    assert capsys.readouterr().out.count(": ok") == 6
+    assert len(list(tmp_path.iterdir())) <= 8
+    assert sorted(head["suite"] for head, rows in read(tmp_path) if rows) == [
+        "inference",
+        "networks",
+        "profile",
+    ]
+    rows = [r for _, rows in read(tmp_path) for r in rows if "images_per_s" in r]
+    assert {"eager channels_last", "fastres channels_last"} <= {r["alternative"] for r in rows}
 
 
 @pytest.mark.slow
