@@ -78,7 +78,8 @@ class _Layer(NamedTuple):
         def make() -> Folded:
             if self.check is not None:
                 self.check(self.out, x)
-            f = fold(*sources[:6], sources.eps, x.dtype, torch.float32 if route == "triton" else x.dtype)
+            bias_dtype = torch.promote_types(x.dtype, torch.float32) if route == "triton" else x.dtype
+            f = fold(*sources[:6], sources.eps, x.dtype, bias_dtype)
             if route == "triton":
                 return for_product(f)
             if route not in _PACKED or fake(x) or not isfinite(f.weight.sum() + f.bias.sum()):
@@ -98,7 +99,7 @@ _PACKED = ("onednn", "winograd")  # routes that take a weight in a form of their
 
 
 def for_product(f: Folded) -> Folded:
-    """The weight [N, C, 1, 1] as the matrix that the block end's product reads; its bias is float32."""
+    """The weight [N, C, 1, 1] as the matrix that the block end's product reads; its bias is as wide as sums."""
     return Folded(f.weight.reshape(f.weight.shape[:2]).contiguous(), f.bias)
 
 

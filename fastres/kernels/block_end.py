@@ -236,8 +236,9 @@ def gradients(
             other = (two.wf, x2, b2, shift2, two.mu)
     dz = s1 = s2 = dx2 = dx = None
     if need_front:
+        # Without a second branch the stride would be the first one's.
         dz, s1, s2, dx2 = ops.pointwise_dz.at(fast)(
-            g, one.wf, x, *prologue, b, shift, one.mu, keep, *other, stride2
+            g, one.wf, x, *prologue, b, shift, one.mu, keep, *other, stride2 if need_x2 else 1
         )
         dx = dz
         if act and need_x:
