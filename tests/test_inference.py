@@ -478,6 +478,18 @@ def test_both_tiles_of_one_weight(randn):
 
 
 @plain_process
+def test_one_channel_before_an_nchw_identity(randn):
+    """One channel lies in both layouts, and the block end's product wants everything in channels_last."""
+    block = randomize(fastres.Bottleneck(4, 4)).eval()
+    x = randn(3, 4, 2, 3)
+    with torch.no_grad(), functional.backend("reference"):
+        got = block(x)
+    assert_layout(got, x)
+    with torch.no_grad():
+        want = copy.deepcopy(block).double()(x.double())
+        assert_close64("out", got, block(x), want)
+
+
 def test_relu_alone_keeps_nan(randn):
     conv, norm = nn.Conv2d(4, 8, 3), fastres.FusedBatchNorm2d(8).eval()
     x = randn(1, 4, 5, 5, layout=LAST)
