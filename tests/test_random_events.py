@@ -50,6 +50,7 @@ class Pair:
         make = FAMILIES[family]
         self.ours = randomize(make(**options, norm_cfg=dict(type="FusedBN"))).double()
         self.theirs = like(make(**options, norm_cfg=dict(type="BN")), self.ours).double()
+        self.both(lambda net: net.train())
         self.hooks: list[Any] = []
 
     def tell(self, *what: Any) -> None:
@@ -79,7 +80,8 @@ def evaluate(pair: Pair) -> None:
     how = pair.draw.choice([torch.no_grad, torch.inference_mode, torch.enable_grad])
     training = pair.draw.random() < 0.2
     pair.tell("evaluate", how.__name__, training)
-    pair.both(lambda net: net.train(training))
+    if pair.ours.training != training:  # else what was kept for inference may be used again
+        pair.both(lambda net: net.train(training))
     x = pair.images()
     with how():
         for i, (got, want) in enumerate(zip(pair.ours(x), pair.theirs(x), strict=True)):
