@@ -254,7 +254,9 @@ def _convolve(
         return "the identity has another dtype"
     others = () if other is None else (other,)
     pointwise = layer.pointwise and relu and layer.geometry.stride == (1, 1)
-    pointwise = pointwise and (other is None or _last(other))  # one channel lies in both layouts, what is added in one
+    pointwise = pointwise and (
+        other is None or _last(other)
+    )  # one channel lies in both layouts, what is added in one
     key: _tuned.Key = ()
     if relu and _tuned.routed():
         key = folded_key(x, layer.conv.weight.shape, layer.geometry, other is not None)

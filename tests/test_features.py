@@ -204,6 +204,19 @@ def test_the_option_compiles_and_goes_with_checkpointing(route):
 # ------------------------------------------------------------------------------------------- compile, averages
 
 
+@pytest.mark.parametrize("depth", [18, 50])
+def test_compiling_warns_of_nothing(depth, monkeypatch):
+    """Dynamo warns of every cache that it meets in what it traces; at shapes where both moment forms are weighed."""
+    said: list[str] = []
+    monkeypatch.setattr("torch._dynamo.utils.warn_once", lambda message, *rest: said.append(message))
+    torch._dynamo.reset()
+    net = fastres.ResNet(depth, base_channels=16, stem_channels=16).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    with FF.backend("reference"):
+        torch.compile(net, backend="aot_eager", fullgraph=True)(x)[0].sum().backward()
+    assert not said
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("route", ROUTES)
 def test_one_graph_for_every_batch_size(route, training):

@@ -16,8 +16,8 @@ from fastres.kernels._library import Traffic
 
 __all__ = ["FOLD", "GEMM", "PROLOGUE", "Gemm", "Prologue", "accumulated", "default_tile", "dz_traffic", "empty_read",
            "end_traffic", "fake_dz", "fake_end", "fake_fold", "fake_moments", "fake_p", "fake_weight", "geometry",
-           "gram_workspace", "moments_traffic", "p_name", "p_plan", "p_traffic", "p_workspace", "precision", "split",
-           "tile"]  # fmt: skip
+           "gram_workspace", "model_tile", "moments_traffic", "p_name", "p_plan", "p_traffic", "p_workspace",
+           "precision", "split", "tile"]  # fmt: skip
 
 
 class Gemm(NamedTuple):
@@ -74,10 +74,14 @@ def tile(kernel: str, x: Tensor, columns: int, *others: int) -> Gemm:
     return _tuned.product(kernel, x, columns, others[0], _odd(columns, *others), default)
 
 
-@functools.lru_cache(SHAPES)
-def default_tile(kernel: str, itemsize: int, columns: int, *others: int) -> Gemm:
+def model_tile(kernel: str, itemsize: int, columns: int, *others: int) -> Gemm:
     """``tile`` without a tuning table."""
     return GEMM[kernel][itemsize == 2][2 if _odd(columns, *others) else int(columns > 64)]
+
+
+# For launches, which ask for few shapes, often. What torch.compile traces takes the functions themselves: it warns of
+# every cache that it meets.
+default_tile = functools.lru_cache(SHAPES)(model_tile)
 
 
 def _odd(*sizes: int) -> bool:
@@ -92,14 +96,16 @@ def precision(x: Tensor) -> str:
     return "tf32" if x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.allow_tf32 else "ieee"
 
 
-@functools.lru_cache(SHAPES)
-def split(rows: int, step: int, tiles: int) -> tuple[int, int]:
+def model_split(rows: int, step: int, tiles: int) -> tuple[int, int]:
     """Parts and rows a part of a reduction over ``rows`` in steps, so that parts x tiles programs fill the device."""
     steps = -(-rows // step)
     aim = _PROGRAMS if tiles == 1 else _PROGRAMS_LARGE
     parts = max(1, min(-(-aim // tiles), -(-steps // 4)))
     chunk = -(-steps // parts) * step
     return -(-rows // chunk), chunk
+
+
+split = functools.lru_cache(SHAPES)(model_split)
 
 
 class Prologue(NamedTuple):
@@ -199,12 +205,13 @@ def _pixels(x: Tensor | None, stride: int) -> Tensor | None:
 def gram_workspace(t: Gemm, rows: int, c: int) -> tuple[int, int]:
     """Bytes of the partial results of ``moments``, written and read back, and its flops."""
     tiles = -(-c // t.n) * (-(-c // t.n) + 1) // 2  # the upper triangle
-    return 8 * split(rows, t.k, tiles)[0] * (tiles * t.n**2 + c), 2 * rows * tiles * t.n**2
+    return 8 * model_split(rows, t.k, tiles)[0] * (tiles * t.n**2 + c), 2 * rows * tiles * t.n**2
 
 
 def p_workspace(t: Gemm, rows: int, n: int, c: int, c2: int) -> int:
     """Bytes of the partial results of ``p_sums``, written and read back."""
-    return 8 * p_plan(t, rows, n, c, c2)[0] * (n * c + n + (n * c2 + n if c2 else 0))
+    tiles = -(-n // t.m) * (-(-c // t.n) + -(-c2 // t.n))  # as in p_plan
+    return 8 * model_split(rows, t.k, tiles)[0] * (n * c + n + (n * c2 + n if c2 else 0))
 
 
 def moments_traffic(x: Tensor, *a: Any) -> Traffic:

@@ -288,10 +288,10 @@ def saving(rows: int, n: int, c: int, full: int, itemsize: int, batch: bool, for
         saved += 4 * (full - read)
     # Matrices the size of the weight and of the covariance.
     saved -= 24 * n * c + 12 * c * c if batch else 8 * n * c
-    saved -= plan.p_workspace(plan.default_tile("plain_p", itemsize, c, n, 0), rows, n, c, 0)
+    saved -= plan.p_workspace(plan.model_tile("plain_p", itemsize, c, n, 0), rows, n, c, 0)
     if not batch:
         return saved, 0
-    workspace, flops = plan.gram_workspace(plan.default_tile("gram", itemsize, c, c), rows, c)
+    workspace, flops = plan.gram_workspace(plan.model_tile("gram", itemsize, c, c), rows, c)
     return saved - workspace, flops + 2 * rows * c * c
 
 
