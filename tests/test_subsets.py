@@ -27,6 +27,13 @@ STAGE = {  # the first block's result is read by the second's branch and identit
     )
 }
 
+FORMS = [
+    ("on", "save", "cudnn"),
+    ("off", "save", "cudnn"),
+    ("on", "recompute", "cudnn"),
+    ("on", "save", "triton"),
+]
+
 
 def subsets(names: list[str]) -> Iterator[set[str]]:
     """What wants a gradient: all; all but one; one alone; a few at random."""
@@ -60,12 +67,12 @@ def prepared(name: str, n: int, size: int) -> tuple[nn.Module, nn.Module, Tensor
     return ours, theirs, x.contiguous(memory_format=LAST), dy.contiguous(memory_format=LAST)
 
 
-@pytest.mark.parametrize("moments", ["on", "off"])
+@pytest.mark.parametrize("moments, memory, conv3x3", FORMS)
 @pytest.mark.parametrize("name", [*PAIRS, *STAGE])
-def test_any_subset(name, moments):
+def test_any_subset(name, moments, memory, conv3x3):
     ours, theirs, x, dy = prepared(name, 4, 8)
     names = ["x", *(n for n, _ in ours.named_parameters())]
-    with fn.backend("reference"), fn.moments(moments):
+    with fn.backend("reference"), fn.moments(moments), fn.memory(memory), fn.conv3x3(conv3x3):
         for wanted in subsets(names):
             if not wanted:
                 continue
@@ -77,15 +84,15 @@ def test_any_subset(name, moments):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("moments", ["on", "off"])
+@pytest.mark.parametrize("moments, memory, conv3x3", FORMS)
 @pytest.mark.parametrize("name", ["basic stride", "pytorch", "caffe", "two bottlenecks"])
-def test_the_kernels_where_the_input_wants_none(name, moments):
+def test_the_kernels_where_the_input_wants_none(name, moments, memory, conv3x3):
     ours, theirs, x, dy = prepared(name, 4, 8)
     wanted = {n for n, _ in ours.named_parameters()}
     ours, theirs, x, dy = ours.float(), theirs.float(), x.float(), dy.float()
     want = gradients(copy.deepcopy(theirs).double(), x.double(), dy.double(), wanted)
     eager = gradients(theirs, x, dy, wanted)
-    with fn.backend("triton"), fn.moments(moments):
+    with fn.backend("triton"), fn.moments(moments), fn.memory(memory), fn.conv3x3(conv3x3):
         got = gradients(ours, x, dy, wanted)
     assert got.keys() == want.keys()
     scale = max(v.abs().max().item() for v in want.values())
