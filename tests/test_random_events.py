@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import fastres
 from fastres import functional as fn
 from tests.parity import like, randomize
+from tests.plain_resnet import PlainResNet
 
 LAST, NCHW = torch.channels_last, torch.contiguous_format
 FAMILIES: dict[str, Callable[..., nn.Module]] = {
@@ -36,6 +37,23 @@ class Pair:
     def __init__(self, seed: int) -> None:
         self.draw, self.told = random.Random(seed), [f"seed {seed}"]
         self.generator = torch.Generator().manual_seed(seed)
+        self.hooks: list[Any] = []
+        self.ours, self.theirs = self.foreign() if self.draw.random() < 0.2 else self.own()
+        self.both(lambda net: net.train())
+
+    def foreign(self) -> tuple[nn.Module, nn.Module]:
+        """Somebody else's network, fused in place, and the same as it was."""
+        options: dict[str, Any] = dict(
+            depth=self.draw.choice([18, 50]), width=16, stem=16, caffe=self.draw.random() < 0.3,
+            cifar=self.draw.random() < 0.2, avg_down=self.draw.random() < 0.2,
+        )  # fmt: skip
+        self.tell("foreign", options)
+        theirs = randomize(PlainResNet(**options)).double()
+        ours = copy.deepcopy(theirs)
+        fastres.fuse_(ours)
+        return ours, theirs
+
+    def own(self) -> tuple[nn.Module, nn.Module]:
         family = self.draw.choice([*FAMILIES, *["ResNet"] * 5])
         options: dict[str, Any] = dict(
             depth=50 if family in ("SE", "ResNeXt") else self.draw.choice([18, 50, 50]), base_channels=16,
@@ -46,12 +64,10 @@ class Pair:
             options |= dict(style=self.draw.choice(["pytorch", "caffe"]), avg_down=self.draw.random() < 0.2)
         if self.draw.random() < 0.2:
             options |= dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4))
-        self.told.append(f"{family} {options}")
+        self.tell(family, options)
         make = FAMILIES[family]
-        self.ours = randomize(make(**options, norm_cfg=dict(type="FusedBN"))).double()
-        self.theirs = like(make(**options, norm_cfg=dict(type="BN")), self.ours).double()
-        self.both(lambda net: net.train())
-        self.hooks: list[Any] = []
+        ours = randomize(make(**options, norm_cfg=dict(type="FusedBN"))).double()
+        return ours, like(make(**options, norm_cfg=dict(type="BN")), ours).double()
 
     def tell(self, *what: Any) -> None:
         self.told.append(" ".join(map(str, what)))
