@@ -232,7 +232,7 @@ EVENTS = [evaluate] * 5 + [train] * 4 + [
 
 @pytest.mark.parametrize(
     "backend, seed",
-    [*(("aten", seed) for seed in range(12)), *(("reference", seed) for seed in range(100, 136))],
+    [*(("aten", seed) for seed in range(12)), *(("reference", seed) for seed in range(100, 160))],
 )
 def test_random_events(backend, seed):
     pair = Pair(seed)
