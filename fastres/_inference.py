@@ -253,10 +253,9 @@ def _convolve(
     if other is not None and other.dtype != x.dtype:
         return "the identity has another dtype"
     others = () if other is None else (other,)
-    pointwise = layer.pointwise and relu and layer.geometry.stride == (1, 1)
-    pointwise = pointwise and (
-        other is None or _last(other)
-    )  # one channel lies in both layouts, what is added in one
+    # One channel lies in both layouts: what is added must lie in channels_last as well.
+    in_layout = other is None or _last(other)
+    pointwise = layer.pointwise and relu and layer.geometry.stride == (1, 1) and in_layout
     key: _tuned.Key = ()
     if relu and _tuned.routed():
         key = folded_key(x, layer.conv.weight.shape, layer.geometry, other is not None)

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import random
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 # A worker of pytest-xdist shares the cores with the others; must be set before torch starts its thread pool.
@@ -32,9 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
         write = launches.record(Path(folder, f"{os.getpid()}.pickle"))
         config.add_cleanup(write)
     if INTERPRET and HAS_TRITON:
-        watching = sanitizer.watch()
-        watching.__enter__()
-        config.add_cleanup(lambda: watching.__exit__(None, None, None))
+        watching = ExitStack()
+        watching.enter_context(sanitizer.watch())
+        config.add_cleanup(watching.close)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -52,8 +52,10 @@ def counts_up(x_ptr, STEPS, B: tl.constexpr):
 def test_a_sound_launch_passes_also_in_place():
     x = torch.arange(13.0)
     shifted_copy[(2,)](x, x, 13, 0, 0, B=8)
-    shifted_copy[(2,)](x, torch.empty(16), 13, 0, 3, B=8)
-    shifted_copy[(2,)](x[2:], torch.empty(11), 11, 0, 0, B=8)
+    shifted, part = torch.zeros(16), torch.zeros(11)
+    shifted_copy[(2,)](x, shifted, 13, 0, 3, B=8)
+    shifted_copy[(2,)](x[2:], part, 11, 0, 0, B=8)
+    assert x.equal(torch.arange(13.0)) and shifted[3:].equal(x) and part.equal(x[2:])
 
 
 @pytest.mark.parametrize(

@@ -141,9 +141,14 @@ def p_name(bits: Tensor | None, act: bool, x2: Tensor | None, keep: Tensor | Non
     return "p" if act or not (bits is None and x2 is None and keep is None) else "plain_p"
 
 
+def _p_grid(t: Gemm, n: int, c: int, c2: int) -> tuple[int, int]:
+    """Tiles of the result of the weight-shaped sums of one or two branches."""
+    return -(-n // t.m), -(-c // t.n) + -(-c2 // t.n)
+
+
 def p_plan(t: Gemm, rows: int, n: int, c: int, c2: int) -> tuple[int, int, tuple[int, int]]:
     """Parts, rows a part, and tiles of the result of the weight-shaped sums of one or two branches."""
-    grid = (-(-n // t.m), -(-c // t.n) + -(-c2 // t.n))
+    grid = _p_grid(t, n, c, c2)
     parts, chunk = split(rows, t.k, grid[0] * grid[1])
     return parts, chunk, grid
 
@@ -210,8 +215,8 @@ def gram_workspace(t: Gemm, rows: int, c: int) -> tuple[int, int]:
 
 def p_workspace(t: Gemm, rows: int, n: int, c: int, c2: int) -> int:
     """Bytes of the partial results of ``p_sums``, written and read back."""
-    tiles = -(-n // t.m) * (-(-c // t.n) + -(-c2 // t.n))  # as in p_plan
-    return 8 * model_split(rows, t.k, tiles)[0] * (n * c + n + (n * c2 + n if c2 else 0))
+    down, across = _p_grid(t, n, c, c2)
+    return 8 * model_split(rows, t.k, down * across)[0] * (n * c + n + (n * c2 + n if c2 else 0))
 
 
 def moments_traffic(x: Tensor, *a: Any) -> Traffic:
