@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fastres import ResNet
 from fastres import functional as fn
+from fastres.kernels.fused_conv_bn_relu import pointwise_dz
 from fastres.modules import Bottleneck
 from tests.parity import like, randomize, steps
 from tests.plain_resnet import Block
@@ -121,3 +123,12 @@ def test_frozen_stages_of_a_network(depth, stages):
     assert got.keys() == want.keys() == wanted
     for key, value in want.items():
         assert (got[key] - value).abs().max() < 1e-10 * value.abs().max(), key
+
+
+@pytest.mark.interpret
+def test_a_gradient_of_other_pixels_than_were_read_is_refused():
+    g, x = (torch.randn(2, c, 4, 4).contiguous(memory_format=LAST) for c in (6, 3))
+    plain: tuple[Any, ...] = (None, None, None, None, 0.0, False)
+    rest: tuple[Any, ...] = (None,) * 9
+    with pytest.raises(ValueError, match=r"g is \[2, 6, 4, 4\]; wanted 8 pixels, as x has at stride 2"):
+        pointwise_dz.launch(g, torch.randn(6, 3), x, *plain, *rest, 2)

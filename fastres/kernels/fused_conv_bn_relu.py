@@ -201,6 +201,11 @@ def _dz(
     n, c = wf.shape
     c2 = 0 if x2 is None else x2.shape[1]
     rows, _, shape = geometry(x if x2 is None else x2, stride2)
+    if g.numel() != rows * n:  # the stride is that of x2, or without it of x; the kernel would read past x
+        read = "x2" if x2 is not None else "x"
+        raise ValueError(
+            f"pointwise_dz: g is {list(g.shape)}; wanted {rows} pixels, as {read} has at stride {stride2}"
+        )
     dx = empty_read(x, stride2 if x2 is None else 1)
     dx2 = x.new_empty(0) if x2 is None else empty_read(x2, stride2)
     t = tile("dz", x, c, n, c2)
