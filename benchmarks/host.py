@@ -3,21 +3,17 @@
     python -m benchmarks.host                              Bottlenecks with and without downsample, as rows
     python -m benchmarks.host --out DIR --rounds 30
 
-Launches of fastres are counted where they happen: its launchers run on the CPU with every launch of a kernel replaced
-by a counter; operators that stay PyTorch's are counted by the rule of ``benchmarks.passes``, as all of eager's are.
-Host time is that of forward and backward on a few pixels, on one thread. fastres's kernels compute nothing here, while
-eager's operators do compute their few pixels; what a launch costs on a GPU comes to both, and Triton's own launcher is
-in neither figure.
+fastres's launchers run on the CPU, with kernels compiled as far as Triton's IR for a GPU that is not there; a launch
+takes all of Triton's Python and ends where its driver's launcher would begin. Launches are counted there; operators
+that stay PyTorch's are counted by the rule of ``benchmarks.passes``, as all of eager's are. Host time is that of
+forward and backward on a few pixels, on one thread. fastres's kernels compute nothing here, while eager's operators do
+compute their few pixels; the driver's launch itself, which comes to every kernel of both sides, is in neither figure.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,26 +27,10 @@ from benchmarks.rows import RESULTS, Writer
 from fastres import functional
 from fastres._timing import interleaved
 from fastres.kernels._library import NAMESPACE
-from fastres.kernels._triton import INTERPRET
+from fastres.kernels._triton import HAS_TRITON, INTERPRET
+from tests.launches import on_cpu
 
-__all__ = ["blocks", "launches", "main", "stubbed"]
-
-
-@contextmanager
-def stubbed() -> Iterator[list[int]]:
-    """Replace every launch of a Triton kernel, in the interpreter's process, by a counter: a list of one number."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    count, launch = [0], InterpretedFunction.run
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
-        count[0] += 1
-
-    InterpretedFunction.run = counted
-    try:
-        yield count
-    finally:
-        InterpretedFunction.run = launch
+__all__ = ["blocks", "launches", "main"]
 
 
 class _Kernels(TorchDispatchMode):
@@ -100,9 +80,9 @@ def _tensors(block: nn.Module) -> tuple[Tensor, Tensor]:
 def launches(block: nn.Module, fused: bool) -> int:
     """Kernels that a training step of the block launches on a GPU: fastres's, and PyTorch's."""
     x, g = _tensors(block)
-    with stubbed() as ours, _Kernels() as torchs:
+    with on_cpu() as ours, _Kernels() as torchs:
         _step(block, x, g, fused)
-    return ours[0] + torchs.count
+    return len(ours) + torchs.count
 
 
 def measure(rounds: int, region: float) -> list[dict[str, Any]]:
@@ -113,7 +93,7 @@ def measure(rounds: int, region: float) -> list[dict[str, Any]]:
     for name in eager:
         sides = {"eager channels_last": (eager[name], False), "fastres channels_last": (fused[name], True)}
         calls = {n: partial(_numbered, b, *_tensors(b), f) for n, (b, f) in sides.items()}
-        with stubbed():
+        with on_cpu(noting=False):
             samples = interleaved(calls, cpu, rounds, region)
         for n, (b, f) in sides.items():
             s = samples[n]
@@ -134,9 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--region", type=float, default=0.05, help="seconds of a timed region")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    if not INTERPRET:  # Triton decides when a kernel is decorated
-        command = [sys.executable, "-m", "benchmarks.host", *(sys.argv[1:] if argv is None else argv)]
-        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+    if not HAS_TRITON or INTERPRET:
+        parser.error("it takes Triton, and a process without TRITON_INTERPRET")
     torch.set_num_threads(1)
     writer = Writer(args.out, "host", torch.device("cpu"))
     for r in measure(args.rounds, args.region):

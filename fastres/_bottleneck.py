@@ -7,27 +7,31 @@ whatever has to raise, is left to the parts (``_block_end``), which give the sam
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastres._batch_norm import Running, check_norm, running, tracking
+from fastres._batch_norm import check_norm, recomputing, running, tracking
 from fastres._casts import low_weight
 from fastres._pending import Linked, Pending, plain_conv, pointwise
-from fastres._routing import decide, moments_pay, own_conv3x3, recomputes, record, transformed
-from fastres.kernels import block_end as moment_form
+from fastres._routing import (
+    decide,
+    moments_pay,
+    own_conv3x3,
+    recomputes,
+    record,
+    recording,
+    settings,
+    transformed,
+)
 from fastres.kernels._check import PLAIN
-from fastres.kernels._launch import channels_last
-from fastres.kernels._library import unwatched
-from fastres.kernels.batch_norm import batch_norm_act, batch_norm_stats
-from fastres.kernels.block_start import start_conv
-from fastres.kernels.bottleneck import Made, bottleneck
+from fastres.kernels._launch import SHAPES, channels_last
+from fastres.kernels._tape import Kept
+from fastres.kernels.bottleneck import Norm, Options, Part, bottleneck
 from fastres.kernels.folded_conv import Geometry
 
 __all__ = ["whole"]
-
-_convolve = torch.conv2d
 
 
 class _Parts(NamedTuple):
@@ -134,14 +138,83 @@ def _check(parts: tuple[Pending, ...], x: Tensor, size: tuple[int, int]) -> None
         check_norm(op, (n, _weight(p).shape[0], *((h, w) if i == 0 else size)), x.device, p.bn)
 
 
-def _running(p: Pending) -> Running:
-    return running(*tracking(p.once()))
+def _part(p: Pending) -> Part:
+    mean, var, _, batches = running(*tracking(p.once()))
+    return Part(_weight(p), p.bn.weight, p.bn.bias, mean, var, batches)  # type: ignore[arg-type]
+
+
+class _Verdict(NamedTuple):
+    """On a bottleneck of certain sizes under certain settings."""
+
+    route: str
+    reason: str
+    options: Options
+    programs: Kept | None
+
+
+# By all that they depend on, the state of the modules apart. None: by parts.
+_verdicts: dict[Any, _Verdict | None] = {}
+_PROGRAMS = 8  # for a verdict: a forward, and a backward for each layout in which the gradient came
+
+
+def _about(v: Tensor | None) -> tuple[Any, ...] | None:
+    return None if v is None else (v.shape, v.dtype, v.device)
+
+
+def _key(p: _Parts, linked: bool) -> tuple[Any, ...] | None:
+    """What a verdict depends on; None where that is another at every step, or somebody watches the choice."""
+    key: list[Any] = [*settings(p.x), linked, recomputing(), p.bits is None, p.x.shape, p.x.dtype, p.x.device]
+    if key[0] is None:
+        return None
+    for q in p.all:
+        conv: Any = q.conv
+        bn, weight = q.bn, _weight(q)
+        if bn.momentum is None:  # the cumulative average
+            return None
+        key += (
+            conv.stride, conv.padding, conv.dilation, conv.groups, conv.kernel_size, conv.in_channels, weight.shape,
+            weight.stride(), weight.dtype, bn.eps, bn.momentum,
+        )  # fmt: skip
+        key += map(_about, bn[:5])
+    return tuple(key)
+
+
+def _judge(p: _Parts, linked: bool) -> _Verdict | None:
+    size = _result(p)
+    if size is None:
+        return None
+    route, reason = decide("block_start", p.x, (), (p.front.bn,))
+    if route == "aten":
+        return None
+    _check(p.all, p.x, size)
+    norms = tuple(Norm(q.bn.eps, tracking(q.bn)[1]) for q in p.all)
+    stride = 1 if p.down is None else _geometry(p.down).stride[0]
+    options = Options(_geometry(p.middle), norms, stride, linked and _weight(p.branch).shape[0] > 1)
+    return _Verdict(route, reason, options, Kept(_PROGRAMS))
+
+
+def _verdict(p: _Parts, linked: bool) -> _Verdict | None:
+    if not all(plain_conv(q.conv) for q in p.all):
+        return None
+    key = _key(p, linked)
+    if key is None:
+        found = _judge(p, linked)
+        return None if found is None else found._replace(programs=None)
+    if key in _verdicts:
+        return _verdicts[key]
+    found = _judge(p, linked)
+    if len(_verdicts) >= SHAPES:
+        _verdicts.pop(next(iter(_verdicts)), None)
+    _verdicts[key] = found
+    return found
 
 
 def whole(
     branch: Pending, identity: Tensor | Pending | Linked, linked: bool
 ) -> Tensor | Linked | None:  # fmt: skip
-    """A bottleneck's result, or None where its parts have to be evaluated one after the other.
+    """A bottleneck's result, or None where its parts have to be evaluated one after the other. So it is also where the
+    convolution in the middle does not give channels_last; only the first norm's statistics have been updated then, and
+    will not be again (``Pending.once``).
 
     Args:
         branch: the three convolutions with their norms.
@@ -155,47 +228,19 @@ def whole(
         return None
     if not _plain_input(p.x) or not all(map(_usual, p.all)):
         return None
-    size = _result(p)
-    if size is None:
+    verdict = _verdict(p, linked)
+    if verdict is None:
         return None
-    x, front = p.x, p.front
-    route, reason = decide("block_start", x, (), (front.bn,))
-    if route == "aten":
-        return None
-    _check(p.all, x, size)
-    made = _make(p, linked and _weight(branch).shape[0] > 1)
-    if made is None:
-        return None
-    record("batch_norm", x, route, f"{reason}; block start", (front.bn,))
-    record("add_relu", made.first.x, route, f"{reason}; moment form", (branch.bn,))
-    gamma, beta = front.bn.weight, front.bn.bias
-    assert gamma is not None and beta is not None
-    out, signs = bottleneck(x, _weight(front), gamma, beta, _weight(p.middle), made)
-    return Linked(out, signs) if made.linked else out
-
-
-def _make(p: _Parts, linked: bool) -> Made | None:
-    """Evaluate a bottleneck up to its end. None where the convolution in the middle does not give channels_last; the
-    parts are evaluated again then, but update no statistics that have been updated here (``Pending.once``)."""
-    x, bn1, bn2, bn3, geometry = p.x, p.front.bn, p.middle.bn, p.branch.bn, _geometry(p.middle)
+    x, (route, reason, options, programs) = p.x, verdict
     low1, low2 = low_weight(_weight(p.front), x), low_weight(_weight(p.middle), x)
-    second = folded2 = None
-    with torch.no_grad():
-        fast = unwatched(x, *(v for q in p.all for v in q.bn[:4]))
-        y1, mean1, var1 = start_conv.at(fast)(x, low1, True, *_running(p.front))
-        z1 = batch_norm_act.at(fast)(y1, mean1, var1, bn1.weight, bn1.bias, bn1.eps, True, True, None, None)
-        y2 = _convolve(z1, low2, None, *geometry)
-        if not channels_last(y2):
-            return None
-        mean2, var2 = batch_norm_stats.at(fast)(y2, *_running(p.middle))
-        mine = (_weight(p.branch), bn3.weight, bn3.bias, bn3.eps, True, 1, None)
-        first = moment_form.Branch(y2, *mine, mean2, var2, bn2.weight, bn2.bias, bn2.eps, True)
-        folded = moment_form.fold(first, *_running(p.branch), fast)
-        if p.down is not None:
-            bn = p.down.bn
-            second = moment_form.Branch(
-                x, _weight(p.down), bn.weight, bn.bias, bn.eps, True, _geometry(p.down).stride[0]
-            )
-            folded2 = moment_form.fold(second, *_running(p.down), fast)
-    start = (low1, y1, mean1, var1, bn1.eps, p.bits, z1, low2, geometry)
-    return Made(*start, first, folded, second, folded2, linked, fast)
+    parts = [_part(q) for q in p.all]
+    made = bottleneck(x, p.bits, low1, low2, parts, options, programs)
+    if made is None:
+        for q in p.all[1:]:
+            q._tracked = False  # of which nothing has been evaluated
+        return None
+    out, signs, y2 = made
+    if recording():
+        record("batch_norm", x, route, f"{reason}; block start", (p.front.bn,))
+        record("add_relu", y2, route, f"{reason}; moment form", (branch.bn,))
+    return Linked(out, signs) if options.linked else out

@@ -26,7 +26,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from torch import Tensor
 from fastres.kernels import _tuned
 from fastres.kernels._check import KERNEL_DTYPES
 from fastres.kernels._launch import channels_last, dense, lies_as, matrix, tile_key
+from fastres.kernels._pointwise_plan import precision
 from fastres.kernels._triton import HAS_TRITON, INTERPRET, TRITON_ERROR
 from fastres.kernels.downsample_end import saving
 from fastres.kernels.folded_conv import cudnn_obstacle, onednn_obstacle
@@ -241,6 +242,23 @@ def record_routes() -> Iterator[list[Choice]]:
         yield _Setting.log
     finally:
         _Setting.log = before
+
+
+def settings(x: Tensor) -> tuple[Any, ...]:
+    """All but sizes that a decision of this module about ``x``, and a launch on it, depends on. The first is None where
+    somebody watches the decisions."""
+    return (
+        _tuned.token(),
+        _Setting.backend,
+        _Setting.moments,
+        _Setting.assumed,
+        precision(x),
+        torch.is_autocast_enabled(x.device.type),
+        # which libraries PyTorch's convolutions may call, hence the layout of what they give
+        torch._C._get_cudnn_enabled(),
+        torch._C._get_mkldnn_enabled(),
+        torch.are_deterministic_algorithms_enabled(),  # fills what is made without a value
+    )
 
 
 def transformed() -> bool:

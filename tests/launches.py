@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,19 +94,38 @@ def read(folder: Path) -> list[Launch]:
     return list(found.values())
 
 
+class Log(list[tuple[str, tuple[int, ...]]]):
+    """Kernels that were launched, and their grids; and in ``arguments`` what the driver's launcher got: of a tensor its
+    size and all that the compiler may tell it apart by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: list[tuple[Any, ...]] = []
+
+
+def _told(value: Any) -> Any:
+    if not hasattr(value, "data_ptr"):
+        return repr(value)
+    return value.dtype, tuple(value.shape), value.stride(), value.data_ptr() % 16
+
+
 class _Kernel:
     """What the front end made: counts launches and looks at their grids."""
 
     function, packed_metadata = None, None
 
-    def __init__(self, name: str, log: list[tuple[str, tuple[int, ...]]]) -> None:
+    def __init__(self, name: str, log: Log) -> None:
         self.name, self.log = name, log
 
     def launch_metadata(self, *args: Any) -> None:
         return None
 
-    def run(self, x: Any, y: Any, z: Any, *args: Any) -> None:
+    def run(
+        self, x: Any, y: Any, z: Any, stream: int, function: Any, packed: Any, metadata: Any, enter: Any, leave: Any,
+        *args: Any,
+    ) -> None:  # fmt: skip
         self.log.append((self.name, check_grid((x, y, z))))
+        self.log.arguments.append((stream, function, packed, *map(_told, args)))
 
 
 def check_grid(grid: tuple[Any, ...]) -> tuple[int, ...]:
@@ -128,14 +148,14 @@ class _Driver:
         return 0
 
     def get_current_stream(self, device: int) -> int:
-        return 0
+        return 7
 
     def get_current_target(self) -> Any:
         return self.target
 
 
-def _front_end(log: list[tuple[str, tuple[int, ...]]], source: Any, target: Any, options: Any) -> _Kernel:
-    """Source to Triton's IR, as ``triton.compile`` begins."""
+def _front_end(source: Any, target: Any, options: Any) -> str:
+    """Source to Triton's IR, as ``triton.compile`` begins; the kernel's name."""
     from triton._C.libtriton import ir
     from triton.compiler import make_backend
 
@@ -149,17 +169,24 @@ def _front_end(log: list[tuple[str, tuple[int, ...]]], source: Any, target: Any,
     )
     if not code.verify():
         raise ValueError(f"{source.name}: the front end's output is not valid")
-    return _Kernel(source.name, log)
+    return str(source.name)
+
+
+class _Silent(_Kernel):
+    """For timing."""
+
+    def run(self, *args: Any) -> None:  # type: ignore[override]
+        pass
 
 
 @contextmanager
-def no_device(arch: int = 90) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+def no_device(arch: int = 90, kernel: type[_Kernel] = _Kernel) -> Iterator[Log]:
     """Launches of compiled kernels go through Triton's ``run`` and front end, and end in the list that is yielded."""
     import triton.compiler
     from triton.runtime.driver import driver
 
-    log: list[tuple[str, tuple[int, ...]]] = []
-    front = lambda source, target, options: _front_end(log, source, target, options)  # noqa: E731
+    log = Log()
+    front = lambda source, target, options: kernel(_front_end(source, target, options), log)  # noqa: E731
     before = driver._active
     _forget()
     driver.set_active(_Driver(arch))
@@ -171,12 +198,39 @@ def no_device(arch: int = 90) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
         _forget()
 
 
+@contextmanager
+def on_cpu(noting: bool = True) -> Iterator[Log]:
+    """``no_device`` for operators on the CPU, which launch compiled kernels in it; results are what memory held.
+    Without ``noting`` a launch ends in an empty function, for timing."""
+    import torch
+
+    from fastres import _routing
+    from fastres.kernels import _library
+
+    library = torch.library.Library(_library.NAMESPACE, "IMPL")
+    with (
+        mock.patch.object(_library, "INTERPRET", True),
+        mock.patch.object(_routing, "INTERPRET", True),
+        no_device(kernel=_Kernel if noting else _Silent) as log,
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        for name, launcher in _library.LAUNCHERS.items():
+            library.impl(name, launcher, "CPU", allow_override=True)
+        try:
+            yield log
+        finally:
+            library._destroy()
+
+
 def _forget() -> None:
     """Nothing that the package's kernels were compiled to, here or on a device, is taken for another's."""
     from triton import JITFunction
 
+    from fastres import _bottleneck
     from tests.aot import modules
 
+    _bottleneck._verdicts.clear()  # programs launch what was compiled
     for name in modules():
         for value in vars(importlib.import_module(f"fastres.kernels.{name}")).values():
             if isinstance(value, JITFunction):

@@ -476,7 +476,7 @@ def test_loader_and_step_are_kept_apart(tmp_path, monkeypatch, capsys):
     assert x.shape == (3, 32, 32) and x.dtype == torch.float32 and label == 1
 
 
-@pytest.mark.interpret
+@pytest.mark.aot
 def test_a_fused_bottleneck_launches_fewer_kernels_than_eager():
     """A block of this package's kernels, counted where they are launched, against eager's passes on a GPU."""
     eager, fused = host.blocks("BN"), host.blocks("FusedBN")

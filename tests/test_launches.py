@@ -12,7 +12,6 @@ import torch
 
 import fastres
 from fastres import functional
-from fastres.kernels import _library
 from fastres.kernels._triton import HAS_TRITON, INTERPRET, tl, triton
 from tests import launches
 from tests.cases import LAST, NCHW
@@ -40,18 +39,9 @@ def test_every_launch_of_the_interpreters_tests_is_one_that_the_compiler_takes()
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
-    """Operators on the CPU launch compiled kernels, and the launches end in this list; results are what memory held."""
-    from fastres import _routing
-
-    for module in (_library, _routing):
-        monkeypatch.setattr(module, "INTERPRET", True)
-    library = torch.library.Library(_library.NAMESPACE, "IMPL")
-    with launches.no_device() as log:
-        for name, launcher in _library.LAUNCHERS.items():
-            library.impl(name, launcher, "CPU", allow_override=True)
+def launched() -> Iterator[launches.Log]:
+    with launches.on_cpu() as log:
         yield log
-    library._destroy()
 
 
 def network(depth: int, **options: Any) -> fastres.ResNet:
@@ -69,7 +59,6 @@ NETS = {
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("layout", [NCHW, LAST], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("net", list(NETS))
@@ -88,7 +77,6 @@ def test_a_training_step_and_a_pass_of_inference_launch(launched, net, layout, d
         assert len(launched) > trained
 
 
-@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 @pytest.mark.parametrize("size", [1, 32], ids=["1x1 pixels", "32x32 pixels"])
 @pytest.mark.parametrize("mode", ["on", "off"])
 def test_few_pixels_in_every_form_launch(launched, mode, size):
@@ -104,6 +92,48 @@ def test_few_pixels_in_every_form_launch(launched, mode, size):
     moments = {"gram_kernel", "fold_kernel", "pointwise_end_kernel", "p_kernel", "dz_kernel"}
     assert names & moments == (moments if mode == "on" else set())
     assert names > {"forward3x3_kernel", "dgrad3x3_kernel", "wgrad3x3_kernel"}
+
+
+STAGES = {
+    "identity": dict(in_channels=32),
+    "strided": dict(in_channels=8, stride=2),
+    "odd": dict(in_channels=9, out_channels=20, stride=2),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_a_program_launches_what_triton_would(launched, monkeypatch, stage, dtype):
+    """From the third step on a bottleneck's launches go to Triton's driver without its ``run``: kernels, grids, stream
+    and arguments are the same, to the alignment of every tensor. Where somebody listens to launches, or a tensor lies
+    otherwise, they take the long way."""
+    options = dict(out_channels=32) | STAGES[stage]
+    net = fastres.ResLayer(fastres.Bottleneck, 2, **options).to(dtype).to(memory_format=LAST).train()
+    c = options["in_channels"]
+    asked = []
+    run = triton.JITFunction.run
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *a, **k: (asked.append(1), run(*a, **k))[1])
+
+    def step(shift: int = 0) -> tuple[int, list[Any]]:
+        """How often Triton was asked, and all launches."""
+        for log in (launched, launched.arguments, asked):
+            log.clear()
+        x = torch.randn(3 * c * 42 + shift).to(dtype)
+        x = x.as_strided((3, c, 7, 6), (c * 42, 1, c * 6, c), shift).requires_grad_()
+        with functional.backend("triton"), functional.moments("on"):
+            out = net(x)
+            out.backward(torch.ones_like(out))
+        return len(asked), [*zip(launched, launched.arguments, strict=True)]
+
+    (long, first), (_, second), (short, third), (_, fourth) = (step() for _ in range(4))
+    assert long == len(first) > 30
+    assert short == 0
+    assert first == second == third == fourth
+    shifted, fifth = step(1)  # the first block alone: the second one reads what that made
+    assert 0 < shifted < long and fifth != third
+    monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", lambda *_: None)
+    heard, sixth = step()
+    assert heard == long and sixth == third
 
 
 # ------------------------------------------------------------------------------------ the harness itself must bite

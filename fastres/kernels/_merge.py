@@ -15,6 +15,7 @@ from torch import Tensor
 from fastres.kernels import _jit as J
 from fastres.kernels._aot import Case, signature
 from fastres.kernels._launch import MERGE
+from fastres.kernels._tape import launch
 from fastres.kernels._triton import tl, triton
 
 __all__ = ["aot_cases", "merge_stats", "merge_sums", "workspace"]
@@ -139,7 +140,7 @@ def merge_sums(partial: Tensor) -> tuple[Tensor, ...]:
 
 
 def _sum_rows(partial: Tensor, out: Tensor, k: int, rows: int, parts: int, c: int, group: int) -> None:
-    merge_sums_kernel[(-(-c // MERGE.b1), k, rows)](
+    launch(merge_sums_kernel, (-(-c // MERGE.b1), k, rows))(
         partial, out, parts, c, group, B0=MERGE.b0, B1=MERGE.b1, num_warps=MERGE.warps
     )
 
@@ -155,13 +156,13 @@ def merge_stats(
     if parts > _MANY:
         rows = -(-parts // _GROUP)
         means, m2 = pmean.new_empty(rows, c), pmean.new_empty(rows, c)
-        group_stats_kernel[(-(-c // MERGE.b1), rows)](
+        launch(group_stats_kernel, (-(-c // MERGE.b1), rows))(
             pmean, pm2, means, m2, parts, c, total, per_chunk, _GROUP,
             B0=MERGE.b0, B1=MERGE.b1, num_warps=MERGE.warps,
         )  # fmt: skip
         pmean, pm2, parts, per_chunk = means, m2, rows, per_chunk * _GROUP
     mean, var = pmean.new_empty(c), pmean.new_empty(c)
-    merge_stats_kernel[(-(-c // MERGE.b1), 1)](
+    launch(merge_stats_kernel, (-(-c // MERGE.b1), 1))(
         pmean, pm2, mean, var, running_mean, running_var, batches, parts, c, total, per_chunk,
         total / max(total - 1, 1), momentum,
         RUNNING=running_mean is not None, COUNT=batches is not None, B0=MERGE.b0, B1=MERGE.b1, num_warps=MERGE.warps,

@@ -140,7 +140,12 @@ def products(table: dict[str, dict[bool, tuple[Any, ...]]]) -> None:
 
 class _State:
     table: Table | None = None
+    token: object = None  # another one with every table
     watching: list[Lookup] | None = None
+
+
+def _put(table: Table | None) -> None:
+    _State.table, _State.token = table, object()
 
 
 def log2(n: int) -> int:
@@ -192,25 +197,35 @@ def active() -> Table:
     """The table in force, read once: the first CUDA device's, or none without one."""
     if _State.table is None:
         if not torch.cuda.is_available():
-            _State.table = EMPTY
+            _put(EMPTY)
             return EMPTY
-        _State.table = load(torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0))
+        table = load(torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0))
+        _put(table)
+        return table
     return _State.table
+
+
+def token() -> object:
+    """Stands for the table in force, in a key: what was chosen under it holds under no other. None where somebody
+    watches, who has to see every choice."""
+    active()
+    return None if _State.watching is not None else _State.token
 
 
 def reset(table: Table | None = None) -> None:
     """Use this table from now on; None: read the files again at the next launch."""
-    _State.table = table
+    _put(table)
 
 
 @contextmanager
 def using(table: Table) -> Iterator[None]:
     """Use this table inside the block."""
-    before, _State.table = _State.table, table
+    before = _State.table
+    _put(table)
     try:
         yield
     finally:
-        _State.table = before
+        _put(before)
 
 
 @contextmanager

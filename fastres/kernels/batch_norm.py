@@ -45,6 +45,7 @@ from fastres.kernels._launch import (
 from fastres.kernels._library import Traffic, register
 from fastres.kernels._merge import merge_stats, merge_sums, workspace
 from fastres.kernels._sync import over_group
+from fastres.kernels._tape import launch
 from fastres.kernels._triton import tl, triton
 
 __all__ = ["aot_cases", "batch_norm_act", "batch_norm_backward", "batch_norm_reduce", "batch_norm_stats"]
@@ -166,7 +167,7 @@ def _stats(
     pmean = torch.empty(plan.parts, m.c, dtype=torch.float32, device=y.device)
     pm2 = torch.empty_like(pmean)
     with on(y):
-        stats_kernel[(plan.parts, plan.groups)](
+        launch(stats_kernel, (plan.parts, plan.groups))(
             y, pmean, pm2, *reduction_arguments(m, plan),
             NHWC=m.nhwc, B0=tile.b0, B1=tile.b1, num_warps=tile.warps,
         )  # fmt: skip
@@ -182,7 +183,7 @@ def _act(
     if y.numel():
         tile, grid = elementwise(m)
         with on(y):
-            act_kernel[grid](
+            launch(act_kernel, grid)(
                 y, z, mean, var, gamma, beta, eps, m.rows, m.cols, m.c, m.image, RELU=relu,
                 AFFINE=gamma is not None, NHWC=m.nhwc, B0=tile.b0, B1=tile.b1, num_warps=tile.warps,
             )  # fmt: skip
@@ -207,7 +208,7 @@ def _reduce(
     partial = workspace(plan.parts, 2, m.c, y.device)
     p1, p2 = partial.unbind(0)
     with on(y):
-        reduce_kernel[(plan.parts, plan.groups)](
+        launch(reduce_kernel, (plan.parts, plan.groups))(
             dz.contiguous(memory_format=like(y, m)), y, mean, var, gamma, beta, p1, p2, eps,
             *reduction_arguments(m, plan), RELU=relu, AFFINE=gamma is not None, NHWC=m.nhwc,
             B0=tile.b0, B1=tile.b1, num_warps=tile.warps,
@@ -224,7 +225,7 @@ def _backward(
     if y.numel():
         tile, grid = elementwise(m)
         with on(y):
-            backward_kernel[grid](
+            launch(backward_kernel, grid)(
                 dz.contiguous(memory_format=like(y, m)), y, dy, mean, var, gamma, beta, keep, s1, s2, eps, scale,
                 m.rows, m.cols, m.c, m.image, RELU=relu, AFFINE=gamma is not None, KEEP=keep is not None,
                 BATCH=s1 is not None, NHWC=m.nhwc, B0=tile.b0, B1=tile.b1, num_warps=tile.warps,

@@ -37,6 +37,7 @@ from fastres.kernels._merge import merge_stats
 from fastres.kernels._pointwise import product
 from fastres.kernels._pointwise_plan import GEMM, precision, tile
 from fastres.kernels._sync import over_group
+from fastres.kernels._tape import launch
 from fastres.kernels._triton import tl, triton
 from fastres.kernels.batch_norm import batch_norm_act, batch_norm_backward, batch_norm_reduce, in_dtype
 from fastres.kernels.fused_conv_bn_relu import p_sums
@@ -153,7 +154,7 @@ def _conv(
     pmean = torch.empty(parts if stats else 0, n, dtype=torch.float32, device=x.device)
     pm2 = torch.empty_like(pmean)
     with on(x):
-        conv_kernel[(parts * -(-n // t.n),)](
+        launch(conv_kernel, (parts * -(-n // t.n),))(
             x, _stored(weight, x.dtype), y, pmean, pm2, rows, n, c, STATS=stats, PREC=precision(x),
             BM=t.m, BN=t.n, BK=t.k, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
@@ -178,7 +179,7 @@ def _dgrad(
         small = (did.shape[2], did.shape[3])
     t = tile("dgrad", x, n, c)
     with on(x):
-        dgrad_kernel[(-(-rows // t.m) * -(-n // t.n),)](
+        launch(dgrad_kernel, (-(-rows // t.m) * -(-n // t.n),))(
             dz, y, dy, mean, var, gamma, beta, eps, s1, s2, scale, _stored(weight, x.dtype), did, bits, dx,
             rows, n, c, (n + 7) // 8, height * width, width, *small, AFFINE=gamma is not None, BATCH=s1 is not None,
             SUM=did is not None, MASK=bits is not None, STRIDE=stride, PREC=precision(x), BM=t.m, BN=t.n, BK=t.k,

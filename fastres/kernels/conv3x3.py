@@ -35,6 +35,7 @@ from fastres.kernels._launch import on
 from fastres.kernels._library import Traffic, register
 from fastres.kernels._merge import merge_stats, merge_sums
 from fastres.kernels._pointwise_plan import PROLOGUE, Gemm, Prologue, precision, split
+from fastres.kernels._tape import launch
 from fastres.kernels.batch_norm import batch_norm_backward
 
 __all__ = [
@@ -119,7 +120,7 @@ def _forward(
     tiles = -(-rows // t.m)
     partial = torch.empty((2, tiles, n) if chunk else (2, 0, 0), dtype=torch.float32, device=x.device)
     with on(x):
-        K.forward3x3_kernel[(tiles * -(-n // t.n),)](
+        launch(K.forward3x3_kernel, (tiles * -(-n // t.n),))(
             x, mean, var, gamma, beta, eps, _taps(weight, x), y, partial[0], partial[1], rows, n, c, h, w, oh, ow,
             ACT=act, AFFINE=gamma is not None, STATS=chunk > 0, **g.flags, PREC=precision(x),
             BM=t.m, BN=t.n, BK=t.k, num_warps=t.warps, num_stages=t.stages,
@@ -146,7 +147,7 @@ def _dgrad(
     tiles, classes = -(-b * -(-h // stride) * -(-w // stride) // t.m), stride * stride
     partial = torch.empty((2, tiles * classes, c) if act else (2, 0, 0), dtype=torch.float32, device=x.device)
     with on(x):
-        K.dgrad3x3_kernel[(tiles * -(-c // t.n), classes)](
+        launch(K.dgrad3x3_kernel, (tiles * -(-c // t.n), classes))(
             dy.contiguous(memory_format=torch.channels_last), _taps(weight, x), x, mean, var, gamma, beta, eps, dz,
             partial[0], partial[1], b, n, c, h, w, oh, ow, ACT=act, AFFINE=gamma is not None, **g.flags,
             STEP=stride // math.gcd(stride, dilation), PREC=precision(x), BM=t.m, BC=t.n, BK=t.k,
@@ -166,7 +167,7 @@ def _wgrad(
     parts, chunk = split(rows, t.k, down * across)
     partial = torch.empty(1, parts, 9 * n * c, dtype=torch.float32, device=x.device)
     with on(x):
-        K.wgrad3x3_kernel[(parts, down, across)](
+        launch(K.wgrad3x3_kernel, (parts, down, across))(
             dy.contiguous(memory_format=torch.channels_last), x, mean, var, gamma, beta, eps, partial, rows, n, c,
             chunk, h, w, oh, ow, ACT=act, AFFINE=gamma is not None, **g.flags, PREC=precision(x),
             BM=t.k, BN=t.m, BC=t.n, num_warps=t.warps, num_stages=t.stages,

@@ -38,6 +38,7 @@ from fastres.kernels._launch import channels_last, on
 from fastres.kernels._library import Traffic, applied, register, unwatched
 from fastres.kernels._pointwise import product, source_rows
 from fastres.kernels._sync import over_group
+from fastres.kernels._tape import launch
 from fastres.kernels._triton import tl, triton
 from fastres.kernels.batch_norm import batch_norm_backward
 from fastres.kernels.block_end import Branch, Folded, _local, _matrices, _Options, _Sums
@@ -94,7 +95,7 @@ def _end(
     bits = torch.empty((rows, (n + 7) // 8) if save else (0, 0), dtype=torch.uint8, device=y.device)
     t = plan.tile("down", x, n, c)
     with on(y):
-        downsample_end_kernel[(-(-rows // t.m) * -(-n // t.n),)](
+        launch(downsample_end_kernel, (-(-rows // t.m) * -(-n // t.n),))(
             y, mean, var, gamma, beta, eps, x, wf, bias, keep, out, bits, rows, n, c, (n + 7) // 8, hw, y.shape[3],
             *x.shape[2:], AFFINE=gamma is not None, KEEP=keep is not None, BITS=save, STRIDE=stride,
             PREC=plan.precision(x), BM=t.m, BN=t.n, BK=t.k, num_warps=t.warps, num_stages=t.stages,

@@ -54,6 +54,7 @@ from fastres.kernels._pointwise_plan import (
     split,
     tile,
 )
+from fastres.kernels._tape import launch
 
 __all__ = ["correction", "fold", "moments", "p_sums", "pointwise_dz", "pointwise_end", "weight_gradient"]
 
@@ -83,12 +84,12 @@ def _moments(
     mu, anchor, cov = partial.new_empty(c), partial.new_empty(c), partial.new_empty(c, c)
     prec = "tf32x3" if precision(x) == "tf32" else "ieee"  # S is squared into var: keep fp32's digits
     with on(x):
-        fwd.gram_kernel[(parts, across, across)](
+        launch(fwd.gram_kernel, (parts, across, across))(
             x, mean, var, gamma, beta, eps, partial, anchor, rows, c, chunk, width, *shape, ACT=act,
             AFFINE=gamma is not None, STRIDE=stride, PREC=prec, BM=t.k, BC=t.n, num_warps=t.warps,
             num_stages=t.stages,
         )  # fmt: skip
-        fwd.cov_kernel[(c, -(-c // MERGE.b1))](
+        launch(fwd.cov_kernel, (c, -(-c // MERGE.b1)))(
             partial, anchor, mu, cov, parts, c, width, 1.0 / rows, GC=t.n, BP=MERGE.b0, BC=MERGE.b1,
             num_warps=MERGE.warps,
         )  # fmt: skip
@@ -107,7 +108,7 @@ def _fold(
     new_mean, new_var = bias.new_empty(n), bias.new_empty(n)
     wcov = bias.new_empty((n, c) if batch else (0, 0))
     with on(weight):
-        fwd.fold_kernel[(-(-n // FOLD.m),)](
+        launch(fwd.fold_kernel, (-(-n // FOLD.m),))(
             weight, mu, cov, gamma, beta, eps, running_mean, running_var, batches, momentum, count / max(count - 1, 1),
             wf, bias, new_mean if batch else mean, new_var if batch else var, wcov, n, c, AFFINE=gamma is not None,
             BATCH=batch, RUNNING=running_mean is not None, COUNT=batches is not None, BN=FOLD.m, BC=FOLD.n,
@@ -130,7 +131,7 @@ def _end(
     bits = torch.empty((rows, (n + 7) // 8) if save else (0, 0), dtype=torch.uint8, device=x.device)
     t = tile("end", x, n, c if x2 is None or x2.shape[1] % 16 == 0 else 1)
     with on(x):
-        fwd.pointwise_end_kernel[(-(-rows // t.m) * -(-n // t.n),)](
+        launch(fwd.pointwise_end_kernel, (-(-rows // t.m) * -(-n // t.n),))(
             x, mean, var, gamma, beta, eps, wf, bias, None if identity is None else _rows(identity, "pointwise_end"),
             None if x2 is None else _rows(x2, "pointwise_end"), wf2, bias2, keep, out, bits, rows, n, c,
             c if x2 is None else x2.shape[1], (n + 7) // 8, h * w, w, *(x if x2 is None else x2).shape[2:],
@@ -155,7 +156,7 @@ def _p_sums(
     partial = torch.empty(1, parts, width, dtype=torch.float32, device=x.device)
     g = x.new_empty(0) if bits is None else torch.empty_like(dout)
     with on(x):
-        bwd.p_kernel[(parts, grid[0], grid[1])](
+        launch(bwd.p_kernel, (parts, grid[0], grid[1]))(
             dout, bits, g, x, mean, var, gamma, beta, eps, anchor, x2, anchor2, keep, partial, rows, n, c, c2, chunk,
             width, (n + 7) // 8, *shape, ACT=act, AFFINE=gamma is not None, ANCHOR=anchor is not None,
             MASK=bits is not None, KEEP=keep is not None, PAIR=x2 is not None, STRIDE2=stride2, PREC=precision(x),
@@ -173,7 +174,7 @@ def _weight_gradient(
     dw = torch.empty_like(weight)
     dgamma, dvar, adb = sums.new_empty(n), sums.new_empty(n), sums.new_empty(n)
     with on(weight):
-        bwd.weight_kernel[(-(-n // FOLD.m),)](
+        launch(bwd.weight_kernel, (-(-n // FOLD.m),))(
             sums, weight, wcov, anchor, mu, mean, var, gamma, eps, dw, dgamma, dvar, adb, n, c,
             AFFINE=gamma is not None, BATCH=batch, BN=FOLD.m, BC=FOLD.n, num_warps=FOLD.warps,
         )  # fmt: skip
@@ -185,7 +186,7 @@ def _correction(weight: Tensor, dvar: Tensor, adb: Tensor, like: Tensor, count: 
     b, shift = like.new_empty(c, c), dvar.new_empty(c)
     blocks = -(-c // FOLD.n)
     with on(weight):
-        bwd.correction_kernel[(blocks, blocks)](
+        launch(bwd.correction_kernel, (blocks, blocks))(
             weight, dvar, adb, b, shift, n, c, 1.0 / count, BN=FOLD.k, BC=FOLD.n, num_warps=FOLD.warps
         )
     return b, shift
@@ -213,7 +214,7 @@ def _dz(
     partial = torch.empty((2, parts, c) if act else (2, 0, 0), dtype=torch.float32, device=x.device)
     p1, p2 = partial.unbind(0)
     with on(x):
-        bwd.dz_kernel[(parts * (-(-c // t.n) + -(-c2 // t.n)),)](
+        launch(bwd.dz_kernel, (parts * (-(-c // t.n) + -(-c2 // t.n)),))(
             g, wf, x, mean, var, gamma, beta, eps, b, shift, mu, keep, dx, p1, p2, wf2, x2, b2, shift2,
             mu2, dx2, rows, n, c, c2, *shape, ACT=act, AFFINE=gamma is not None, BATCH=b is not None,
             KEEP=keep is not None, PAIR=x2 is not None, BATCH2=b2 is not None, STRIDE2=stride2, PREC=precision(x),

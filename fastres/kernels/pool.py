@@ -36,6 +36,7 @@ from fastres.kernels._launch import (
 from fastres.kernels._library import Traffic, register
 from fastres.kernels._merge import merge_sums, workspace
 from fastres.kernels._sync import over_group
+from fastres.kernels._tape import launch
 from fastres.kernels._triton import tl, triton
 from fastres.kernels.batch_norm import reduction_arguments
 
@@ -183,7 +184,7 @@ def _pool(
     if out.numel():
         tile, grid = elementwise(m)
         with on(y):
-            pool_kernel[grid](
+            launch(pool_kernel, grid)(
                 y, out, taps, mean, var, gamma, beta, eps, m.rows, m.cols, m.c, *y.shape[2:], *out.shape[2:],
                 AFFINE=gamma is not None, NHWC=m.nhwc, B0=tile.b0, B1=tile.b1, num_warps=tile.warps,
             )  # fmt: skip
@@ -201,7 +202,7 @@ def _pool_reduce(
     tile = plan.tile
     partial = workspace(plan.parts, 2, m.c, y.device)
     with on(y):
-        pool_reduce_kernel[(plan.parts, plan.groups)](
+        launch(pool_reduce_kernel, (plan.parts, plan.groups))(
             dout.contiguous(memory_format=like(y, m)), taps, y, mean, var, gamma, beta, eps, partial[0], partial[1],
             *reduction_arguments(m, plan), *y.shape[2:], *dout.shape[2:], AFFINE=gamma is not None, NHWC=m.nhwc,
             B0=tile.b0, B1=tile.b1, num_warps=tile.warps,
@@ -218,7 +219,7 @@ def _pool_backward(
     if y.numel():
         tile, grid = elementwise(m)
         with on(y):
-            pool_backward_kernel[grid](
+            launch(pool_backward_kernel, grid)(
                 dout.contiguous(memory_format=like(y, m)), taps, y, dy, mean, var, gamma, beta, s1, s2, eps, scale,
                 m.rows, m.cols, m.c, *y.shape[2:], *dout.shape[2:], AFFINE=gamma is not None, BATCH=s1 is not None,
                 NHWC=m.nhwc, B0=tile.b0, B1=tile.b1, num_warps=tile.warps,

@@ -43,6 +43,7 @@ from fastres.kernels._launch import (
 from fastres.kernels._library import Traffic, register
 from fastres.kernels._merge import merge_sums, workspace
 from fastres.kernels._sync import over_group
+from fastres.kernels._tape import launch
 from fastres.kernels._triton import tl, triton
 from fastres.kernels.batch_norm import batch_norm_backward, reduction_arguments
 
@@ -190,7 +191,7 @@ def _end(
         tile, grid = elementwise(m)
         none = (None, None, None, None, 0.0)
         with on(y):
-            end_kernel[grid](
+            launch(end_kernel, grid)(
                 y, same_layout(other, m), out, bits, *(first or none), *(second or none), keep,
                 m.rows, m.cols, m.c, m.image, m.bytes, NORM=bool(first) + bool(second),
                 AFFINE=bool(first) and first[2] is not None, AFFINE2=bool(second) and second[2] is not None,
@@ -225,7 +226,7 @@ def _masked(dout: Tensor, bits: Tensor, y: Tensor) -> Tensor:
     if y.numel():
         tile, grid = elementwise(m)
         with on(y):
-            masked_kernel[grid](
+            launch(masked_kernel, grid)(
                 dout.contiguous(memory_format=like(y, m)), bits, g, m.rows, m.cols, m.bytes,
                 B0=tile.b0, B1=tile.b1, num_warps=tile.warps,
             )  # fmt: skip
@@ -246,7 +247,7 @@ def _end_reduce(
     tile = plan.tile
     partial = workspace(plan.parts, 4 if pair else 2, m.c, y.device)
     with on(y):
-        end_reduce_kernel[(plan.parts, plan.groups)](
+        launch(end_reduce_kernel, (plan.parts, plan.groups))(
             dout.contiguous(memory_format=like(y, m)), bits, y, None if x is None else same_layout(x, m), g,
             mean, var, eps, mean2, var2, eps2, keep, partial, plan.parts * m.c, *reduction_arguments(m, plan), m.bytes,
             PAIR=pair, KEEP=keep is not None, NHWC=m.nhwc, B0=tile.b0, B1=tile.b1, num_warps=tile.warps,
@@ -266,7 +267,7 @@ def _end_pair_backward(
     if y.numel():
         tile, grid = elementwise(m)
         with on(y):
-            end_pair_backward_kernel[grid](
+            launch(end_pair_backward_kernel, grid)(
                 dout.contiguous(memory_format=like(y, m)), bits, y, same_layout(x, m), dy, dx, mean, var, gamma, eps,
                 s1, s2, scale, mean2, var2, gamma2, eps2, s3, s4, scale2, keep, m.rows, m.cols, m.c, m.image, m.bytes,
                 AFFINE=gamma is not None, AFFINE2=gamma2 is not None, BATCH=s1 is not None, BATCH2=s3 is not None,
