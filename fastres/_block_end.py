@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastres import _inference
+from fastres._basic_block import whole_basic_block
 from fastres._batch_norm import aten_batch_norm, check_bn
-from fastres._bottleneck import whole
+from fastres._bottleneck import whole_bottleneck
 from fastres._moment_forms import check_keep, downsample_end, moment_end, start
 from fastres._pending import Linked, Pending, fits_norm, fold_pending, foldable, materialize
 from fastres._routing import choose, fuses
@@ -103,6 +104,12 @@ def _served(branch: Pending) -> bool:
         x = x.x
     x = x.out if isinstance(x, Linked) else x
     return not isinstance(x, Tensor) or fuses(x)
+
+
+def whole(branch: Pending, identity: Tensor | Pending | Linked, linked: bool) -> Tensor | Linked | None:
+    """The block as one differentiable function, where that serves; else None."""
+    found = whole_bottleneck(branch, identity, linked)
+    return whole_basic_block(branch, identity) if found is None else found
 
 
 def add_relu(

@@ -227,10 +227,10 @@ def _forget() -> None:
     """Nothing that the package's kernels were compiled to, here or on a device, is taken for another's."""
     from triton import JITFunction
 
-    from fastres import _bottleneck
+    from fastres import _whole
     from tests.aot import modules
 
-    _bottleneck._verdicts.clear()  # programs launch what was compiled
+    _whole.VERDICTS.clear()  # programs launch what was compiled
     for name in modules():
         for value in vars(importlib.import_module(f"fastres.kernels.{name}")).values():
             if isinstance(value, JITFunction):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastres
-from fastres import _block_end
 from fastres import functional as fn
 from fastres.kernels import bottleneck as fused
 from tests.cases import Route, node_names, routes
 from tests.launches import on_cpu
-from tests.tolerance import poison
+from tests.wholes import agree, by_parts, image, layer, step, taken
 
 LAST = torch.channels_last
 BLOCKS: dict[str, dict[str, Any]] = {
@@ -30,80 +29,6 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "odd": dict(in_channels=9, out_channels=20, stride=2),
     "one": dict(in_channels=8, out_channels=1, expansion=1),
 }
-
-
-def layer(blocks: int = 1, **options: Any) -> fastres.ResLayer:
-    torch.manual_seed(4)
-    options = dict(in_channels=16, out_channels=16) | options
-    made = fastres.ResLayer(fastres.Bottleneck, blocks, **options)
-    for m in made.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, -0.5, 1.5)
-            nn.init.normal_(m.bias, std=0.3)
-    return made.to(memory_format=LAST).train()
-
-
-def image(c: int = 16, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
-    x = torch.randn(3, c, 7, 6).to(device, dtype).contiguous(memory_format=LAST)
-    return x.requires_grad_()
-
-
-@contextmanager
-def by_parts() -> Iterator[None]:
-    """Blocks are evaluated part by part."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_block_end, "whole", lambda *args: None)
-        yield
-
-
-def taken(out: Tensor) -> bool:
-    return "_BottleneckBackward" in node_names(out)
-
-
-def step(net: nn.Module, x: Tensor, dy: Tensor, run: Callable[..., Tensor] | None = None) -> list[Tensor]:
-    """Output, gradients and buffers after one step."""
-    leaf = x.detach().requires_grad_()
-    out = (run or (lambda net, leaf: net(leaf)))(net, leaf)
-    out = out[0] if isinstance(out, tuple) else out
-    out.backward(dy.to(out.dtype))
-    return [out.detach(), leaf.grad, *(p.grad for p in net.parameters()), *net.buffers()]
-
-
-def agree(
-    route: Route, net: nn.Module, x: Tensor, dy: Tensor, around: Any = nullcontext, passes: int = 1
-) -> Tensor:
-    """The whole and the parts give the same bits, the same routes and the same saved tensors; the output. ``passes``:
-    the last one counts."""
-    results, logs, saved = [], [], []
-    for way in (nullcontext, by_parts):
-        model, sizes = copy.deepcopy(net), {}
-
-        def pack(t: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
-            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with (
-            way(),
-            fn.backend(route.backend),
-            fn.moments("on"),
-            fn.record_routes() as log,
-            poison(),
-            around(),
-        ):
-            for _ in range(passes - 1):
-                model(x)
-                model.load_state_dict(net.state_dict())
-                log.clear()
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-                results.append(step(model, x, dy))
-        logs.append([(c.op, c.shape, c.dtype, c.layout, c.route, c.reason) for c in log])
-        saved.append(sum(sizes.values()))
-    assert logs[0] == logs[1]
-    assert saved[0] == saved[1]
-    for a, b in zip(*results, strict=True):
-        assert a.dtype == b.dtype and a.stride() == b.stride()
-        assert torch.equal(a, b)
-    return results[0][0]
 
 
 @routes()

@@ -102,9 +102,13 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
 
 
 class _Line(NamedTuple):
+    """Of a program: its text, the names that it binds and those that it reads. ``kind``: a call; something made or
+    viewed, which is left out where nobody reads it; or a check, which is left out where no later call reads it."""
+
     text: str
     made: tuple[str, ...]
     read: tuple[str, ...]
+    kind: str = "call"
 
 
 class _Tape(TorchDispatchMode):
@@ -175,9 +179,9 @@ class _Tape(TorchDispatchMode):
             size, kind, name = f"{tuple(out.shape)}, {out.stride()}", self._value(out.dtype), self._new(out)
             quick = _quick_empty(out.device)
             if quick is not None:
-                return [_Line(f"{name} = {self._value(quick)}({size}, {kind})", (name,), ())]
+                return [_Line(f"{name} = {self._value(quick)}({size}, {kind})", (name,), (), "made")]
             device = self._value(out.device)
-            return [_Line(f"{name} = empty({size}, dtype={kind}, device={device})", (name,), ())]
+            return [_Line(f"{name} = empty({size}, dtype={kind}, device={device})", (name,), (), "made")]
         if func is _aten.detach.default and self._names.get(id(args[0]), "")[:1] == "v":
             # Gradients are off, and torch.empty calls it.
             self._names[id(out)] = self._names[id(args[0])]
@@ -189,10 +193,11 @@ class _Tape(TorchDispatchMode):
         if any(o is not None and not isinstance(o, Tensor) for o in outputs):
             raise _Unwritable
         made = tuple("_" if o is None else self._new(o) for o in outputs)
-        lines = [_Line(f"{', '.join(made)}{',' if several else ''} = {text}", made, read)]
+        kind = "made" if func.is_view else "call"
+        lines = [_Line(f"{', '.join(made)}{',' if several else ''} = {text}", made, read, kind)]
         if not func.is_view:
             lines += [
-                _Line(f"if {n}.stride() != {o.stride()}: changed({str(func)!r})", (), (n,))
+                _Line(f"if {n}.stride() != {o.stride()}: changed({str(func)!r})", (), (n,), "check")
                 for n, o in zip(made, outputs, strict=True)
                 if o is not None
             ]
@@ -234,6 +239,19 @@ class _Tape(TorchDispatchMode):
 
     # ------------------------------------------------------------------------------------------------- writing
 
+    def _needed(self, result: Sequence[str]) -> list[_Line]:
+        """The lines that a program of this result needs."""
+        wanted, called, kept = set(result), set(), []
+        for line in reversed(self.lines or []):
+            if line.kind == "made" and wanted.isdisjoint(line.made):
+                continue
+            if line.kind == "check" and called.isdisjoint(line.read):
+                continue
+            wanted.update(line.read)
+            called.update(line.read)
+            kept.append(line)
+        return kept[::-1]
+
     def program(self, result: Sequence[Tensor | None]) -> Program | None:
         """The program of a function that returned this."""
         read: list[str] = []
@@ -243,13 +261,14 @@ class _Tape(TorchDispatchMode):
             return None
         if self.lines is None:
             return None
-        last = {name: i for i, line in enumerate(self.lines) for name in (*line.made, *line.read)}
-        last.update(dict.fromkeys(read, len(self.lines)))
+        lines = self._needed(read)
+        last = {name: i for i, line in enumerate(lines) for name in (*line.made, *line.read)}
+        last.update(dict.fromkeys(read, len(lines)))
         text = [f"def program({', '.join(self.arguments)}):"]
         if self.direct:
             text.append("    stream = current_stream()")
             self._space["current_stream"] = _current_stream
-        for i, line in enumerate(self.lines):
+        for i, line in enumerate(lines):
             text.append(f"    {line.text}")
             names = dict.fromkeys((*line.made, *line.read))
             done = [n for n in names if n[0] == "v" and last[n] == i]
