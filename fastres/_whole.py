@@ -67,7 +67,7 @@ def apart(branch: Pending, identity: Tensor | Pending | Linked, convs: int) -> B
     if len(parts) != convs or (identity if down is None else down.x) is not source:
         return None
     x, bits = (source.out, source.bits) if isinstance(source, Linked) else (source, None)
-    return Block(tuple(parts), down, x, bits)  # type: ignore[arg-type]
+    return Block(tuple(parts), down, x, bits)
 
 
 def weight_of(p: Pending) -> Tensor:

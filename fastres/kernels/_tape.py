@@ -241,7 +241,7 @@ class _Tape(TorchDispatchMode):
 
     def _needed(self, result: Sequence[str]) -> list[_Line]:
         """The lines that a program of this result needs."""
-        wanted, called, kept = set(result), set(), []
+        wanted, kept, called = set(result), [], set[str]()
         for line in reversed(self.lines or []):
             if line.kind == "made" and wanted.isdisjoint(line.made):
                 continue
@@ -282,7 +282,7 @@ class _Tape(TorchDispatchMode):
 
 def _current_stream() -> int:
     driver = triton.runtime.driver.active
-    return driver.get_current_stream(driver.get_current_device())  # type: ignore[no-any-return]
+    return int(driver.get_current_stream(driver.get_current_device()))
 
 
 def _direct(tensors: Sequence[Tensor | None]) -> bool:

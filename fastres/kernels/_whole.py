@@ -18,12 +18,12 @@ from torch import Tensor
 from fastres.kernels._launch import on
 from fastres.kernels._library import applied, unwatched
 from fastres.kernels._pointwise_plan import precision
+from fastres.kernels._saved import hooked, recall, store
 from fastres.kernels._tape import Kept
 
 __all__ = ["Norm", "OtherLayout", "Part", "Saved", "Whole", "convolution_backward", "updates"]
 
 convolution_backward = torch.ops.aten.convolution_backward.default
-_saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _fills = torch.are_deterministic_algorithms_enabled
 
 
@@ -82,7 +82,10 @@ class OtherLayout(Exception):
         self.updated = updated
 
 
-def updates(parts: list[Part], norms: tuple[Norm, ...]) -> list[tuple[Any, ...]]:
+Update = tuple[Tensor | None, Tensor | None, float, Tensor | None]
+
+
+def updates(parts: list[Part], norms: tuple[Norm, ...]) -> list[Update]:
     """Of every part what an operator takes that is to update running statistics."""
     return [(p.running_mean, p.running_var, n.momentum, p.batches) for p, n in zip(parts, norms, strict=True)]
 
@@ -105,26 +108,26 @@ def _function(name: str, gradients: Callable[..., Any]) -> type[torch.autograd.F
         made: _Made = args[-1]
         ctx.mark_non_differentiable(made.signs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*made.saved)
+        store(ctx, *made.saved)
         ctx.made, ctx.inputs = (made.options, made.dtypes, made.programs), len(args)
         return made.out, made.signs
 
     def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if dout is None:
             return (None,) * ctx.inputs
-        saved, (options, dtypes, programs) = ctx.saved_tensors, ctx.made
+        kept, (options, dtypes, programs) = recall(ctx), ctx.made
         n = 2 * (len(options.norms) - 2)  # weight and gamma of every other convolution
-        s, others = Saved(*saved[:_FIRST]), saved[_FIRST : _FIRST + n]
+        s, others = Saved(*kept[:_FIRST]), kept[_FIRST : _FIRST + n]
         vectors = (s.gamma1, s.beta1, s.gamma2, s.beta2, *others[1::2])
         fast = unwatched(dout, *vectors, s.mean1, s.var1, s.mean2, s.var2)
         run = functools.partial(gradients, options, dtypes, fast)
         if programs is None or not fast:
-            return *run(dout, *saved), None
+            return *run(dout, *kept), None
         # The parameters' data may be others than in forward.
         key = [dout.stride(), precision(s.x), _fills(), *(v.dtype for v in vectors)]
         key += [(w.shape, w.stride(), w.dtype) for w in others[::2]]
         with on(s.x):
-            return *programs(tuple(key), run, (dout, *saved), 1 + _FIRST + n), None
+            return *programs(tuple(key), run, (dout, *kept), 1 + _FIRST + n), None
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), methods)
@@ -186,7 +189,7 @@ class Whole:
             None if options.linked else signs, x, bits, one.weight, two.weight, one.gamma, one.beta, two.gamma,
             two.beta, *made[: _FIRST - _GIVEN], *(t for p in others for t in p[:2]), *made[_FIRST - _GIVEN :],
         )  # fmt: skip
-        if _saved_hooks(True) is not None:  # what comes back may lie otherwise
+        if hooked():  # what comes back may be of another kind
             programs = None
         result = _Made(options, out, signs, saved, programs, tuple(w.dtype for w in weights))
         wanted = (t for w, p in zip(weights, parts, strict=True) for t in (w, p.gamma, p.beta))

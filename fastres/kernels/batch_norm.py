@@ -44,6 +44,7 @@ from fastres.kernels._launch import (
 )
 from fastres.kernels._library import Traffic, register
 from fastres.kernels._merge import merge_stats, merge_sums, workspace
+from fastres.kernels._saved import recall, store
 from fastres.kernels._sync import over_group
 from fastres.kernels._tape import launch
 from fastres.kernels._triton import tl, triton
@@ -277,11 +278,11 @@ def in_dtype(value: Tensor, like: Tensor) -> Tensor:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     y, mean, var, gamma, beta, ctx.eps, ctx.relu, ctx.training, count, ctx.group = inputs
-    ctx.save_for_backward(y, mean, var, gamma, beta, count)
+    store(ctx, y, mean, var, gamma, beta, count)
 
 
 def _act_backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-    y, mean, var, gamma, beta, count = ctx.saved_tensors
+    y, mean, var, gamma, beta, count = recall(ctx)
     need_y, need_gamma, need_beta = (ctx.needs_input_grad[i] for i in (0, 3, 4))
     sum_g: Any = None
     sum_gx: Any = None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastres.kernels import fused_conv_bn_relu as ops
 from fastres.kernels._library import applied, unwatched
+from fastres.kernels._saved import recall, store
 from fastres.kernels._sync import merge_over_group, over_group, update_running
 from fastres.kernels.batch_norm import batch_norm_backward, in_dtype
 from fastres.kernels.residual_add_relu import masked
@@ -157,9 +158,9 @@ class _BlockEnd(torch.autograd.Function):
         ctx.mark_non_differentiable(bits)
         ctx.set_materialize_grads(False)
         if save:
-            ctx.save_for_backward(
-                None if given_masked else bits, keep, x, mean0, var0, gamma0, beta0, count0, weight, gamma, x2, weight2,
-                gamma2, *folded,
+            store(
+                ctx, None if given_masked else bits, keep, x, mean0, var0, gamma0, beta0, count0, weight, gamma, x2,
+                weight2, gamma2, *folded,
             )  # fmt: skip
             ctx.first, ctx.second = first, second
         return out, bits
@@ -170,8 +171,8 @@ class _BlockEnd(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(need)
         if dout is None:
             return tuple(grads)
-        bits, keep, x, mean0, var0, gamma0, beta0, count0, weight, gamma, x2, weight2, gamma2, *rest = (
-            ctx.saved_tensors
+        bits, keep, x, mean0, var0, gamma0, beta0, count0, weight, gamma, x2, weight2, gamma2, *rest = recall(
+            ctx
         )
         fast = unwatched(dout, gamma0, beta0, mean0, var0, gamma, gamma2)
         found = gradients(
@@ -264,12 +265,12 @@ def _affine(
 class _Unmasked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, bits: Tensor) -> Tensor:
-        ctx.save_for_backward(out, bits)
+        store(ctx, out, bits)
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
-        out, bits = ctx.saved_tensors
+        out, bits = recall(ctx)
         return masked(dout, bits, out), None
 
 

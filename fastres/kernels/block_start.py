@@ -36,6 +36,7 @@ from fastres.kernels._library import Traffic, applied, register, unwatched
 from fastres.kernels._merge import merge_stats
 from fastres.kernels._pointwise import product
 from fastres.kernels._pointwise_plan import GEMM, precision, tile
+from fastres.kernels._saved import recall, store
 from fastres.kernels._sync import over_group
 from fastres.kernels._tape import launch
 from fastres.kernels._triton import tl, triton
@@ -239,7 +240,7 @@ class _BlockStart(torch.autograd.Function):
         group: str | None, stride: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, low, gamma, beta, y, mean, var, count, bits)
+        store(ctx, x, low, gamma, beta, y, mean, var, count, bits)
         ctx.dtype = weight.dtype
         ctx.eps, ctx.batch, ctx.group, ctx.stride = eps, batch, group, stride
         act = batch_norm_act.at(unwatched(y, mean, var, gamma, beta))
@@ -249,7 +250,7 @@ class _BlockStart(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dz: Tensor | None, did: Tensor | None) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad
-        x, low, gamma, beta, y, mean, var, count, bits = ctx.saved_tensors
+        x, low, gamma, beta, y, mean, var, count, bits = recall(ctx)
         if dz is None:
             dz = torch.zeros_like(y)
         dx, dw, dgamma, dbeta = gradients(

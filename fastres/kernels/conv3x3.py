@@ -35,6 +35,7 @@ from fastres.kernels._launch import on
 from fastres.kernels._library import Traffic, register
 from fastres.kernels._merge import merge_stats, merge_sums
 from fastres.kernels._pointwise_plan import PROLOGUE, Gemm, Prologue, precision, split
+from fastres.kernels._saved import recall, store
 from fastres.kernels._tape import launch
 from fastres.kernels.batch_norm import batch_norm_backward
 
@@ -267,14 +268,14 @@ class _Conv3x3(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         prologue = (mean0, var0, gamma0, beta0, eps0, mean0 is not None)
         y, partial = forward(x, *prologue, weight, *geometry, chunk)
-        ctx.save_for_backward(x, gamma0, beta0, weight, mean0, var0)
+        store(ctx, x, gamma0, beta0, weight, mean0, var0)
         ctx.options = (eps0, batch0, geometry)
         ctx.mark_non_differentiable(partial)
         return y, partial
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        x, gamma0, beta0, weight, mean0, var0 = ctx.saved_tensors
+        x, gamma0, beta0, weight, mean0, var0 = recall(ctx)
         eps0, batch0, geometry = ctx.options
         act, need = mean0 is not None, ctx.needs_input_grad
         args = (dy, weight, x, mean0, var0, gamma0, beta0, eps0, act, *geometry)

@@ -37,6 +37,7 @@ from fastres.kernels._aot import STORAGE, Case, signature
 from fastres.kernels._launch import channels_last, on
 from fastres.kernels._library import Traffic, applied, register, unwatched
 from fastres.kernels._pointwise import product, source_rows
+from fastres.kernels._saved import recall, store
 from fastres.kernels._sync import over_group
 from fastres.kernels._tape import launch
 from fastres.kernels._triton import tl, triton
@@ -160,7 +161,7 @@ class _DownsampleEnd(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         if save:
-            ctx.save_for_backward(bits, keep, y, mean, var, gamma, beta, count, x, weight, gamma2, *folded)
+            store(ctx, bits, keep, y, mean, var, gamma, beta, count, x, weight, gamma2, *folded)
             ctx.eps, ctx.batch, ctx.group, ctx.second = eps, batch, group, second
         return out
 
@@ -170,7 +171,7 @@ class _DownsampleEnd(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(need)
         if dout is None:
             return tuple(grads)
-        bits, keep, y, mean, var, gamma, beta, count, x, weight, gamma2, *rest = ctx.saved_tensors
+        bits, keep, y, mean, var, gamma, beta, count, x, weight, gamma2, *rest = recall(ctx)
         o, f = ctx.second, Folded(*rest)
         fast = unwatched(dout, mean, var, gamma, gamma2)
         # As where y' is formed: what either gradient needs of the other ranks is asked for in one collective.

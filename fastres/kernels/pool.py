@@ -35,6 +35,7 @@ from fastres.kernels._launch import (
 )
 from fastres.kernels._library import Traffic, register
 from fastres.kernels._merge import merge_sums, workspace
+from fastres.kernels._saved import recall, store
 from fastres.kernels._sync import over_group
 from fastres.kernels._tape import launch
 from fastres.kernels._triton import tl, triton
@@ -255,11 +256,11 @@ pool_backward = register(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     y, mean, var, gamma, beta, ctx.eps, ctx.training, count, ctx.group = inputs
-    ctx.save_for_backward(y, mean, var, gamma, beta, count, output[1])
+    store(ctx, y, mean, var, gamma, beta, count, output[1])
 
 
 def _backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    y, mean, var, gamma, beta, count, taps = ctx.saved_tensors
+    y, mean, var, gamma, beta, count, taps = recall(ctx)
     need_y, need_gamma, need_beta = (ctx.needs_input_grad[i] for i in (0, 3, 4))
     sum_g: Any = None
     sum_gx: Any = None

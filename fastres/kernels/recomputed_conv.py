@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastres.kernels._saved import recall, store
 from fastres.kernels.batch_norm import batch_norm_act
 
 __all__ = ["recomputed_conv"]
@@ -25,14 +26,14 @@ class _RecomputedConv(torch.autograd.Function):
         ctx: Any, z: Tensor, weight: Tensor, y: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None,
         beta: Tensor | None, eps: float, geometry: tuple[Any, ...],
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(weight, y, mean, var, gamma, beta)
+        store(ctx, weight, y, mean, var, gamma, beta)
         ctx.eps, ctx.geometry = eps, geometry
         stride, padding, dilation, groups = geometry
         return torch.nn.functional.conv2d(z, weight.to(z.dtype), None, stride, padding, dilation, groups)
 
     @staticmethod
     def backward(ctx: Any, dy2: Tensor) -> tuple[Tensor | None, ...]:
-        weight, y, mean, var, gamma, beta = ctx.saved_tensors
+        weight, y, mean, var, gamma, beta = recall(ctx)
         stride, padding, dilation, groups = ctx.geometry
         need = ctx.needs_input_grad[:2]
         z = batch_norm_act(y, mean, var, gamma, beta, ctx.eps, True, False, None, None)

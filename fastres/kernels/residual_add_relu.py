@@ -42,6 +42,7 @@ from fastres.kernels._launch import (
 )
 from fastres.kernels._library import Traffic, register
 from fastres.kernels._merge import merge_sums, workspace
+from fastres.kernels._saved import recall, store
 from fastres.kernels._sync import over_group
 from fastres.kernels._tape import launch
 from fastres.kernels._triton import tl, triton
@@ -325,7 +326,7 @@ end_pair_backward = register(
 
 def _setup_one(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     y, mean, var, gamma, beta, ctx.eps, ctx.training, count, ctx.group, identity, keep, ctx.saved = inputs
-    ctx.save_for_backward(y, mean, var, gamma, beta, count, keep, output[1])
+    store(ctx, y, mean, var, gamma, beta, count, keep, output[1])
 
 
 def _needs_bits(ctx: Any, op: str) -> None:
@@ -337,7 +338,7 @@ def _needs_bits(ctx: Any, op: str) -> None:
 
 def _backward_one(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     _needs_bits(ctx, "bn_add_relu")
-    y, mean, var, gamma, beta, count, keep, bits = ctx.saved_tensors
+    y, mean, var, gamma, beta, count, keep, bits = recall(ctx)
     need_y, need_gamma, need_beta = (ctx.needs_input_grad[i] for i in (0, 3, 4))
     sum_g: Any = None
     sum_gx: Any = None
@@ -363,14 +364,14 @@ def _setup_pair(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     y, mean, var, gamma, beta, ctx.eps, ctx.training, count, ctx.group = inputs[:9]
     x, mean2, var2, gamma2, beta2, ctx.eps2, ctx.training2, count2, ctx.group2 = inputs[9:18]
     keep, ctx.saved = inputs[18:]
-    ctx.save_for_backward(
-        y, mean, var, gamma, beta, count, x, mean2, var2, gamma2, beta2, count2, keep, output[1]
+    store(
+        ctx, y, mean, var, gamma, beta, count, x, mean2, var2, gamma2, beta2, count2, keep, output[1]
     )  # fmt: skip
 
 
 def _backward_pair(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     _needs_bits(ctx, "bn_add_bn_relu")
-    y, mean, var, gamma, beta, count, x, mean2, var2, gamma2, beta2, count2, keep, bits = ctx.saved_tensors
+    y, mean, var, gamma, beta, count, x, mean2, var2, gamma2, beta2, count2, keep, bits = recall(ctx)
     need = ctx.needs_input_grad
     _, g1, gx1, g2, gx2 = end_reduce(dout, bits, y, mean, var, ctx.eps, x, mean2, var2, ctx.eps2, keep)
     dy = dx = None
@@ -397,12 +398,12 @@ def _backward_pair(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 
 def _setup_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.saved = inputs[2]
-    ctx.save_for_backward(output[1], output[0])
+    store(ctx, output[1], output[0])
 
 
 def _backward_add(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     _needs_bits(ctx, "add_relu")
-    bits, out = ctx.saved_tensors
+    bits, out = recall(ctx)
     g = masked(dout, bits, out)
     return (g if ctx.needs_input_grad[0] else None), (g if ctx.needs_input_grad[1] else None), None
 

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from fastres.kernels._library import Traffic, register
+from fastres.kernels._saved import recall, store
 
 __all__ = ["Steps", "dense", "table", "weights", "winograd"]
 
@@ -242,13 +243,13 @@ weight_gradient = register(
 class _Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, tile: int, weights: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        store(ctx, x, weight)
         ctx.tiles = tile, weights
         return product(x, weight, False, tile) if tile else torch.conv2d(x, weight, padding=1)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
+        x, weight = recall(ctx)
         tile, weights = ctx.tiles
         dx = None
         if ctx.needs_input_grad[0]:
