@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastres._routing import decide_folded, get_folding, record
 
-__all__ = ["fake", "finite", "images", "inference_layout", "off", "plain_tensor", "unseen"]
+__all__ = ["fake", "finite", "images", "inference_layout", "keeps_finite", "off", "plain_tensor", "unseen"]
 
 LAST = torch.channels_last
 # Any activation in channels_last.
@@ -42,7 +42,7 @@ def _modules(net: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _keeps_finite(net: nn.Module) -> bool:
+def keeps_finite(net: nn.Module) -> bool:
     """Whether a network consists of such modules and this package's, with every norm on running statistics: no weight
     is used unseen, and nobody else's code or hook runs in between."""
     for m in _modules(net):
@@ -56,18 +56,21 @@ def _keeps_finite(net: nn.Module) -> bool:
 
 
 @contextmanager
-def images(net: nn.Module, x: Tensor) -> Iterator[None]:
+def images(net: nn.Module, x: Tensor, keeps: bool | None = None) -> Iterator[bool]:
     """Around the forward of a network of images ``x`` [N, C, H, W]. On a CPU, where the images are finite and the
     network keeps them so, every ReLU may be fused, although oneDNN's turns NaN into 0: none can arise, unless values
-    overflow. Checking costs one sum of the images and a walk over the modules."""
+    overflow. Checking costs one sum of the images and, unless ``keeps`` says what it would find, a walk over the
+    modules. Gives what :func:`finite` will say."""
     before = _now.finite
     if off() or torch.is_grad_enabled() or x.device.type != "cpu" or not plain_tensor(x) or fake(x):
-        yield
+        yield False
         return
     fused = decide_folded("conv_bn", _LAST_LIKE.to(x.dtype), (), False)[0] == "onednn"
-    _now.finite = fused and _keeps_finite(net) and isfinite(x.sum())
+    if keeps is None:
+        keeps = fused and keeps_finite(net)
+    _now.finite = fused and keeps and isfinite(x.sum())
     try:
-        yield
+        yield _now.finite
     finally:
         _now.finite = before
 

@@ -27,7 +27,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastres.kernels.folded_conv import Folded
 
-__all__ = ["KEPT", "Sources", "Untracked", "count", "forget", "get", "held", "trained"]
+__all__ = [
+    "KEPT",
+    "Sources",
+    "Untracked",
+    "User",
+    "count",
+    "forget",
+    "get",
+    "held",
+    "trained",
+    "use",
+    "users",
+]
 
 KEPT = 8  # entries a convolution: routes, dtypes, layouts and packings that it is used in by turns
 
@@ -57,6 +69,30 @@ class _Entry(NamedTuple):
 
 
 _cache: weakref.WeakKeyDictionary[nn.Module, dict[Any, _Entry]] = weakref.WeakKeyDictionary()
+
+
+class User:
+    """Of folded weights, beside the convolutions: what goes when one of those is trained or forgotten."""
+
+    __slots__ = ()
+
+    def drop(self) -> None:
+        raise NotImplementedError
+
+
+users: weakref.WeakKeyDictionary[nn.Module, User] = weakref.WeakKeyDictionary()  # by network
+_using: weakref.WeakKeyDictionary[nn.Module, User] = weakref.WeakKeyDictionary()  # by convolution
+
+
+def use(conv: nn.Module, user: User) -> None:
+    """``user`` holds what was folded from this convolution."""
+    _using[conv] = user
+
+
+def _unused(m: nn.Module) -> None:
+    user = _using.pop(m, None)
+    if user is not None:
+        user.drop()
 
 
 class Untracked(Exception):
@@ -115,6 +151,8 @@ def trained(conv: nn.Module) -> None:
     """A training step uses this convolution: drop what was folded from it, whoever changes the weight and how."""
     if _cache:
         _cache.pop(conv, None)
+    if _using:
+        _unused(conv)
 
 
 def forget(module: nn.Module | None = None) -> int:
@@ -125,8 +163,12 @@ def forget(module: nn.Module | None = None) -> int:
     """
     if module is None:
         dropped = len(_cache)
-        _cache.clear()
+        for held_by in (_cache, users, _using):
+            held_by.clear()
         return dropped
+    for m in module.modules():
+        users.pop(m, None)
+        _unused(m)
     return sum(_cache.pop(m, None) is not None for m in module.modules())
 
 

@@ -253,7 +253,7 @@ def settings(x: Tensor) -> tuple[Any, ...]:
         _Setting.moments,
         _Setting.assumed,
         precision(x),
-        torch.is_autocast_enabled(x.device.type),
+        torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None,
         # which libraries PyTorch's convolutions may call, hence the layout of what they give
         torch._C._get_cudnn_enabled(),
         torch._C._get_mkldnn_enabled(),

@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastres._calling import listed, suggest
 from fastres._casts import weight_casts
-from fastres._foldable import images
 from fastres._fusable import check_input, check_values, hooked, norm_obstacle, observed, relu_obstacle
+from fastres._network import run
 from fastres._registry import MODELS, build_activation_layer, build_conv_layer, build_norm_layer
 from fastres.functional import Linked, Pending, conv_bn_relu, inference_layout, materialize, max_pool
 from fastres.initialize import BaseModule, InitCfg, constant_init
@@ -320,9 +320,12 @@ class ResNet(BaseModule):
             TypeError, ValueError: naming the argument, before any running statistics change.
         """
         self._check(x)
+        with weight_casts(self, x):
+            return run(self, x, self._evaluate)
+
+    def _evaluate(self, x: Tensor) -> tuple[Tensor, ...]:
         inner = self._inner(x)
-        with weight_casts(self, x), images(self, x):
-            outs = self._stages(self._pool(self._stem(inner)))
+        outs = self._stages(self._pool(self._stem(inner)))
         return outs if inner is x else tuple(out.contiguous() for out in outs)
 
     def _inner(self, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("_block_end",),
     ("functional", "functional.*"),
     ("registry", "_registry", "_calling"),
-    ("_norm", "_fusable", "initialize"),
+    ("_norm", "_fusable", "initialize", "_network"),
     ("modules", "_residual"),
     ("models", "variants"),
     ("classifier", "classifier.*"),

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.library import Library
 
 from fastres.kernels._check import PLAIN
+from fastres.kernels._tape import noting
 from fastres.kernels._triton import INTERPRET
 
-__all__ = ["NAMESPACE", "REFERENCES", "TRAFFIC", "Operator", "Traffic", "applied", "register",
-           "unwatched"]  # fmt: skip
+__all__ = ["NAMESPACE", "REFERENCES", "TRAFFIC", "Operator", "Traffic", "applied", "register", "unwatched",
+           "watched"]  # fmt: skip
 
 NAMESPACE = "fastres"
 _LIBRARY = Library(NAMESPACE, "DEF")
@@ -85,11 +86,12 @@ _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C.
 _profiled, _tracing = torch.autograd._profiler_enabled, torch._C._get_tracing_state
 
 
-def _watched() -> bool:
-    """Whether anything but autograd has to see the operators that run: a compiler, a transform, a mode, a profiler."""
+def watched() -> bool:
+    """Whether anything but autograd has to see the operators that run: a compiler, a transform, a mode that is no tape
+    (``_tape``), a profiler."""
     return bool(
         torch.compiler.is_compiling()
-        or _dispatch_modes()
+        or _dispatch_modes() > noting()
         or _function_modes()
         or _interpreters() is not None
         or _profiled()
@@ -101,7 +103,7 @@ def unwatched(x: Tensor, *vectors: Tensor | None) -> bool:
     """Whether the launchers themselves may be called (``Operator.at``) on tensors that lie where x does: nothing has to
     see the operators, no gradient is recorded, and kernels can read these vectors as they lie. Asked once for several
     operators, where each would ask for itself."""
-    if _watched() or torch.is_grad_enabled() or type(x) not in PLAIN or not (INTERPRET or x.is_cuda):
+    if watched() or torch.is_grad_enabled() or type(x) not in PLAIN or not (INTERPRET or x.is_cuda):
         return False
     for v in vectors:
         if v is not None and (type(v) not in PLAIN or not v.is_contiguous()):
@@ -131,7 +133,7 @@ class Operator:
         return self.launch if fast else self.op
 
     def __call__(self, *args: Any) -> Any:
-        if _watched():
+        if watched():
             return self.op(*args)
         grad, recorded = torch.is_grad_enabled(), False
         for a in args:

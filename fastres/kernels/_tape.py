@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from fastres.kernels._triton import HAS_TRITON, INTERPRET, triton
 
-__all__ = ["MODES", "Kept", "Program", "launch", "programs", "record"]
+__all__ = ["MODES", "Kept", "Program", "launch", "noting", "programs", "record", "writing"]
 
 
 MODES = ("auto", "off")
@@ -50,6 +50,16 @@ def programs(mode: str) -> Iterator[None]:
         yield
     finally:
         _Setting.mode = before
+
+
+def writing() -> bool:
+    """Whether programs are wanted."""
+    return _Setting.mode == "auto"
+
+
+def noting() -> int:
+    """How many of this thread's modes of PyTorch's dispatcher are tapes."""
+    return int(_running.tape is not None)
 
 
 class _Unwritable(Exception):
@@ -114,8 +124,9 @@ class _Line(NamedTuple):
 class _Tape(TorchDispatchMode):
     """Runs everything as it would have run; ``lines`` is None from where something could not be written down."""
 
-    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+    def __init__(self, tensors: Sequence[Tensor | None], constants: bool) -> None:
         super().__init__()
+        self.constants = constants
         self.lines: list[_Line] | None = []
         self.direct = False
         self.arguments = [f"t{i}" for i in range(len(tensors))]
@@ -213,6 +224,8 @@ class _Tape(TorchDispatchMode):
         if isinstance(a, Tensor):
             name = self._names.get(id(a))
             if name is None:
+                if self.constants:
+                    return self._value(a)
                 raise _Unwritable
             read.append(name)
             return name
@@ -306,15 +319,16 @@ def _changed(operator: str) -> None:
 
 
 def record(
-    function: Callable[..., Any], tensors: Sequence[Tensor | None]
+    function: Callable[..., Any], tensors: Sequence[Tensor | None], constants: bool = False
 ) -> tuple[Any, Program | None]:  # fmt: skip
     """Call ``function(*tensors)``; what it returned, and the program of it or None.
 
     Args:
         function: gives a sequence of tensors and None; or None, which has no program. Gradients are off.
         tensors: all that it reads, or None in place of one.
+        constants: tensors that it reads besides are the same ones at every call, and the program holds them.
     """
-    tape = _Tape(tensors)
+    tape = _Tape(tensors, constants)
     before, _running.tape = _running.tape, tape
     try:
         with tape:
@@ -335,8 +349,9 @@ class Kept:
         self._found: dict[Any, Program | bool] = {}  # True: seen once; False: cannot be written
 
     def __call__(
-        self, key: Any, function: Callable[..., Any], tensors: Sequence[Tensor | None], given: int
-    ) -> Any:
+        self, key: Any, function: Callable[..., Any], tensors: Sequence[Tensor | None], given: int,
+        constants: bool = False,
+    ) -> Any:  # fmt: skip
         """``function(*tensors)``, or its program. Gradients are off. The tensors from ``given`` on were made by
         functions called with the same key as at other steps, and lie as evenly."""
         if _Setting.mode == "off":
@@ -348,7 +363,7 @@ class Kept:
             self._found[key] = True
         elif found is True:
             if not HAS_TRITON or INTERPRET or _direct(tensors[:given]):
-                result, program = record(function, tensors)
+                result, program = record(function, tensors, constants)
                 self._found[key] = False if program is None else program
                 return result
         elif found is not False and (not found.direct or _direct(tensors[:given])):
