@@ -16,6 +16,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastres import _folding
 from fastres._cpu import rule
-from fastres._foldable import images, keeps_finite, off
+from fastres._foldable import finite, images, keeps_finite, off
 from fastres._fusable import observed
 from fastres._norm import FusedNorm
 from fastres._routing import get_folding, own_conv3x3, recording, settings
@@ -54,7 +55,7 @@ def _plain(value: Any) -> bool:
 def _copied(value: Any) -> Any:
     """So that a list or dict that is changed in place is not what it was."""
     if isinstance(value, tuple | list):
-        return type(value)(map(_copied, value))
+        return (tuple if isinstance(value, tuple) else list)(map(_copied, value))
     return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
@@ -153,7 +154,7 @@ class _State(_folding.User):
 
     def _sign(self, net: nn.Module) -> None:
         modules = [*net.modules()]
-        if not all(map(_settled, modules)) or not any(isinstance(m, FusedNorm) for m in modules):
+        if not all(map(_settled, modules)) or not any(map(_ours, modules)):
             self._wait = _PATIENCE
             return
         try:
@@ -166,10 +167,17 @@ class _State(_folding.User):
                 _folding.use(m, self)
 
 
+def _ours(m: nn.Module) -> bool:
+    """A network without any is eager PyTorch, and stays so."""
+    return isinstance(m, FusedNorm) or getattr(type(m), "is_plain_convolution", False)
+
+
 def _settled(m: nn.Module) -> bool:
     """Whether a module computes the same of the same input, and nothing besides, as long as its attributes are the
     same."""
     known = type(m) in _KNOWN or type(m).__module__.startswith("fastres.")
+    if getattr(type(m), "by_plan", False):  # somebody else's class: its plan runs, or whatever they wrote
+        known = not m.fused_obstacle()  # type: ignore[operator]
     own = m.__dict__
     return (
         known
@@ -195,8 +203,11 @@ def _free(x: Tensor) -> bool:
     )
 
 
-def run(net: nn.Module, x: Tensor, evaluate: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """``evaluate(x)``, what a network of images makes of ``x``, or its program."""
+def run(
+    net: nn.Module, x: Tensor, evaluate: Callable[[Tensor], tuple[Tensor, ...]], of_images: bool = True
+) -> tuple[Tensor, ...]:
+    """``evaluate(x)``, what a network makes of ``x``, or its program. ``of_images``: x is what the whole network reads,
+    and what is known of its values holds for all inside (``_foldable.images``)."""
     state: Any = None
     if not torch.compiler.is_compiling():
         if net.training:
@@ -206,10 +217,10 @@ def run(net: nn.Module, x: Tensor, evaluate: Callable[[Tensor], tuple[Tensor, ..
             if state is None:
                 state = _folding.users[net] = _State()
     programs = None if state is None else state.programs(net)
-    keeps = None if programs is None or state is None or state.signature is None else state.signature.finite
-    with images(net, x, keeps) as finite:
+    keeps = None if programs is None or state.signature is None else state.signature.finite
+    with images(net, x, keeps) if of_images else nullcontext(finite()) as known:
         if programs is None:
             return evaluate(x)
         about = x.shape, x.stride(), x.device, x.dtype, torch.is_inference_mode_enabled()
-        key = (*settings(x), *about, finite, rule(), own_conv3x3(), get_folding())
+        key = (*settings(x), *about, known, rule(), own_conv3x3(), get_folding())
         return programs(key, evaluate, (x,), 1, constants=True)

@@ -28,8 +28,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from fastres._matching import make_plan, reverted
+from fastres._network import run
 from fastres._norm import FusedBatchNorm2d, FusedNorm, FusedSyncBatchNorm
-from fastres._plan import Plan
+from fastres._plan import Plan, Value
 from fastres._reading import NotUnderstood
 from fastres._swap import FusedNormAct, Swapped, check_class, fused_class
 
@@ -49,6 +50,8 @@ _NO_PLAN = "it was made from a fused module (a slice of it?) and not fused itsel
 class FusedForward(Swapped):
     """Mixed into the class of a fused module: its forward by plan, or its own where the plan no longer holds."""
 
+    by_plan = True
+
     def fused_obstacle(self) -> str:
         """Why the module's own forward runs as things are now, in words; empty where it is fused."""
         plan = self._plan()
@@ -67,7 +70,10 @@ class FusedForward(Swapped):
         (x,) = args
         if plan.checkpointed and self.with_cp and x.requires_grad:  # type: ignore[attr-defined]
             return checkpoint(plan.run, self, x, use_reentrant=False)
-        return plan.run(self, x)  # type: ignore[arg-type]
+        if torch.is_grad_enabled() or not isinstance(plan.result, Value):
+            return plan.run(self, x)  # type: ignore[arg-type]
+        net: Any = self
+        return run(net, x, lambda x: (plan.run(net, x),), of_images=False)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ report

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastres._foldable import images, inference_layout
+from fastres._foldable import inference_layout
 from fastres._fusable import hooked, relu_obstacle
 from fastres._inference import conv_add_relu
 from fastres._matching import make_plan
+from fastres._network import run
 from fastres._norm import FusedNorm
 from fastres._reading import NotUnderstood
 from fastres.convert import FusedForward, unfuse_
@@ -125,8 +126,7 @@ class FoldedResNet(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images [N, in_channels, H, W] to one feature map for each of ``out_indices``."""
-        with images(self, x):
-            return self._forward(x)
+        return run(self, x, self._forward)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
         inner = inference_layout(x)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastres._registry import MODELS
-from fastres.functional import add_relu, conv_bn, conv_bn_relu, materialize
+from fastres.functional import Pending, add_relu, conv_bn, conv_bn_relu, materialize
 from fastres.initialize import BaseModule, InitCfg
 from fastres.models import ConvModule, ResNet
 from fastres.modules import Bottleneck
@@ -66,12 +66,8 @@ class ResNet_CIFAR(ResNet):
     def _make_stem_layer(self, in_channels: int, stem_channels: int) -> None:
         self._make_conv1(in_channels, stem_channels, kernel_size=3, stride=1, padding=1)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images [N, in_channels, H, W] to one feature map for each of ``out_indices``; errors as :class:`ResNet`."""
-        self._check(x)
-        inner = self._inner(x)
-        outs = self._stages(materialize(self._stem(inner)))
-        return outs if inner is x else tuple(out.contiguous() for out in outs)
+    def _pool(self, z: Tensor | Pending) -> Tensor:
+        return materialize(z)
 
 
 @MODELS.register_module()

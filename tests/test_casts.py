@@ -23,15 +23,16 @@ LAST = torch.channels_last
 class _Casts(TorchDispatchMode):
     """Counts the launches that cast weights: 4-d float32 to bfloat16, alone or many at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.weights = {p.data_ptr() for p in model.parameters()}
         self.alone, self.together = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.__name__.split(".")[0]
         if name == "_to_copy" and args[0].dim() == 4 and args[0].dtype == torch.float32:
-            self.alone += isinstance(args[0], nn.Parameter)
+            self.alone += args[0].data_ptr() in self.weights
         self.together += name == "_foreach_copy_"
         return out
 
@@ -66,7 +67,7 @@ def test_same_step_with_casts_made_before(depth, memory):
     with fn.memory(memory):
         model, x = net(depth), image()
         state = copy.deepcopy(model.state_dict())
-        first, second = _Casts(), _Casts()
+        first, second = _Casts(model), _Casts(model)
         with first:
             alone = step(model, x)
         model.load_state_dict(state)
@@ -100,12 +101,12 @@ def test_replaced_frozen_and_hooked_weights():
     calls: list[int] = []
     model.layer2[1].conv1.register_forward_hook(lambda *a: calls.append(1))
     model.zero_grad()
-    with _Casts() as counted:
+    with _Casts(model) as counted:
         run(model, x).float().sum().backward()
     assert calls and conv.weight.grad is not None and model.layer2[0].conv1.weight.grad is None
     # The replaced weight is new to the network, the hooked convolution casts its own.
     assert counted.together == 1 and 1 <= counted.alone <= 2
-    with _Casts() as counted:
+    with _Casts(model) as counted:
         run(model, x)
     assert counted.together == 1 and counted.alone <= 1
 
@@ -152,7 +153,7 @@ def test_checkpointed_blocks():
 def test_only_where_it_is_of_use():
     model, x = net(18), image()
     step(model, x)
-    with _Casts() as counted:
+    with _Casts(model) as counted:
         step(model, x, "aten")
         with torch.no_grad():
             run(model.eval(), x)

@@ -354,7 +354,7 @@ class Kept:
     ) -> Any:  # fmt: skip
         """``function(*tensors)``, or its program. Gradients are off. The tensors from ``given`` on were made by
         functions called with the same key as at other steps, and lie as evenly."""
-        if _Setting.mode == "off":
+        if _Setting.mode == "off" or _running.tape is not None:  # which could not see into a program
             return function(*tensors)
         found = self._found.get(key)
         if found is None:
