@@ -1,13 +1,14 @@
-"""Host overhead of a block: kernels launched and Python time of a training step, eager and fused. No GPU is needed.
+"""Host overhead: kernels launched and Python time, eager and fused, of a block's training step and of inference.
 
-    python -m benchmarks.host                              Bottlenecks with and without downsample, as rows
+    python -m benchmarks.host                              blocks with and without downsample, and networks, as rows
     python -m benchmarks.host --out DIR --rounds 30
 
 fastres's launchers run on the CPU, with kernels compiled as far as Triton's IR for a GPU that is not there; a launch
 takes all of Triton's Python and ends where its driver's launcher would begin. Launches are counted there; operators
 that stay PyTorch's are counted by the rule of ``benchmarks.passes``, as all of eager's are. Host time is that of
-forward and backward on a few pixels, on one thread. fastres's kernels compute nothing here, while eager's operators do
-compute their few pixels; the driver's launch itself, which comes to every kernel of both sides, is in neither figure.
+forward and backward, or of one image's inference, on a few pixels and narrow channels, on one thread. fastres's kernels
+compute nothing here, while eager's operators do compute their few pixels; the driver's launch itself, which comes to
+every kernel of both sides, is in neither figure. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -48,58 +49,79 @@ class _Kernels(TorchDispatchMode):
 
 
 def blocks(norm: str) -> dict[str, nn.Module]:
-    """A Bottleneck with a plain identity and one with a downsample branch, narrow."""
+    """Blocks with a plain identity and with a downsample branch, narrow, and networks in eval mode."""
     import fastres
 
-    made = {}
-    # The strided one narrower, so that it has four pixels a channel, as every block of a real network has.
-    for name, cin, out, stride in (("Bottleneck", 64, 64, 1), ("Bottleneck with downsample", 8, 32, 2)):
+    made: dict[str, nn.Module] = {}
+    # The strided ones narrower, so that they have four pixels a channel, as every block of a real network has.
+    for kind, cin, out, stride in (
+        (fastres.Bottleneck, 64, 64, 1),
+        (fastres.Bottleneck, 8, 32, 2),
+        (fastres.BasicBlock, 16, 16, 1),
+        (fastres.BasicBlock, 8, 16, 2),
+    ):
         torch.manual_seed(0)
-        layer = fastres.ResLayer(fastres.Bottleneck, 1, cin, out, stride=stride, norm_cfg=dict(type=norm))
+        layer = fastres.ResLayer(kind, 1, cin, out, stride=stride, norm_cfg=dict(type=norm))
+        name = kind.__name__ + (" with downsample" if stride == 2 else "")
         made[name] = layer[0].to(memory_format=torch.channels_last).train()
+    for depth in (18, 50):
+        net = fastres.ResNet(depth, base_channels=16, stem_channels=16, norm_cfg=dict(type=norm))
+        made[f"ResNet-{depth}, inference"] = net.to(memory_format=torch.channels_last).eval()
     return made
 
 
-def _step(block: nn.Module, x: Tensor, g: Tensor, fused: bool) -> None:
-    with functional.backend("triton" if fused else "auto"):
-        out = block(x)
-    torch.autograd.grad(out, [x, *block.parameters()], g)
+def _step(module: nn.Module, x: Tensor, g: Tensor, fused: bool) -> None:
+    with functional.backend("triton" if fused else "aten"):
+        if not module.training:
+            with torch.inference_mode():
+                module(x)
+            return
+        out = module(x)
+    torch.autograd.grad(out, [x, *module.parameters()], g)
 
 
-def _numbered(block: nn.Module, x: Tensor, g: Tensor, fused: bool, i: int) -> None:
-    _step(block, x, g, fused)
+def _numbered(module: nn.Module, x: Tensor, g: Tensor, fused: bool, i: int) -> None:
+    _step(module, x, g, fused)
 
 
-def _tensors(block: nn.Module) -> tuple[Tensor, Tensor]:
-    cin, out, stride = block.in_channels, block.out_channels, block.stride
+def _tensors(module: Any) -> tuple[Tensor, Tensor]:
+    if not module.training:
+        return torch.randn(1, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.empty(0)
+    cin, out, stride = module.in_channels, module.out_channels, module.stride
     x = torch.randn(2, cin, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
     g = torch.randn(2, out, 8 // stride, 8 // stride).contiguous(memory_format=torch.channels_last)
     return x, g
 
 
-def launches(block: nn.Module, fused: bool) -> int:
-    """Kernels that a training step of the block launches on a GPU: fastres's, and PyTorch's."""
-    x, g = _tensors(block)
+def launches(module: nn.Module, fused: bool) -> int:
+    """Kernels that a training step, or a network's inference, launches on a GPU: fastres's, and PyTorch's."""
+    x, g = _tensors(module)
     with on_cpu() as ours, _Kernels() as torchs:
-        _step(block, x, g, fused)
+        if not module.training:
+            _step(module, x, g, fused)  # weights are folded
+            ours.clear()
+            torchs.count = 0
+        _step(module, x, g, fused)
     return len(ours) + torchs.count
 
 
 def measure(rounds: int, region: float) -> list[dict[str, Any]]:
-    """A row for every block and side; alternatives of a block are timed in turn."""
+    """A row for every case and side; alternatives of a case are timed in turn."""
     rows = []
     eager, fused = blocks("BN"), blocks("FusedBN")
     cpu = torch.device("cpu")
     for name in eager:
         sides = {"eager channels_last": (eager[name], False), "fastres channels_last": (fused[name], True)}
-        calls = {n: partial(_numbered, b, *_tensors(b), f) for n, (b, f) in sides.items()}
+        given = {n: _tensors(b) for n, (b, _) in sides.items()}
+        calls = {n: partial(_numbered, b, *given[n], f) for n, (b, f) in sides.items()}
         with on_cpu(noting=False):
             samples = interleaved(calls, cpu, rounds, region)
         for n, (b, f) in sides.items():
-            s = samples[n]
+            s, (x, _) = samples[n], given[n]
             rows.append(
-                dict(case=name, alternative=n, mode="train", batch=2, size=8, dtype="fp32", launches=launches(b, f),
-                     median_s=s.median, q25_s=s.low, q75_s=s.high, min_s=s.least, rounds=s.rounds, calls=s.calls)
+                dict(case=name, alternative=n, mode="train" if b.training else "infer", batch=x.shape[0],
+                     size=x.shape[2], dtype="fp32", launches=launches(b, f), median_s=s.median, q25_s=s.low,
+                     q75_s=s.high, min_s=s.least, rounds=s.rounds, calls=s.calls)
             )  # fmt: skip
     return rows
 
@@ -122,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         writer.row(**r)
         spread = (r["q75_s"] - r["q25_s"]) / r["median_s"]
         print(
-            f"{r['case']:<28}{r['alternative']:<24}{r['launches']:>4} launches"
+            f"{r['case']:<30}{r['alternative']:<24}{r['launches']:>4} launches"
             f"{r['median_s'] * 1e6:>10.0f} us on the host, spread {spread:.1%}, {r['rounds']} rounds"
         )
     writer.close()

@@ -204,9 +204,9 @@ def _profiles(runs: list[Run]) -> dict[tuple[str, ...], dict[str, Row]]:
 
 
 def _host(runs: list[Run]) -> str:
-    """Launches and Python time of a block's step, the newest row of each."""
+    """Launches and Python time, the newest row of each."""
     newest = {(r["case"], r["alternative"]): r for _, rows in runs for r in rows if "launches" in r}
-    head = "<tr><th>block<th>alternative<th>launches<th>us on the host</tr>"
+    head = "<tr><th>case<th>alternative<th>launches<th>us on the host</tr>"
     lines = [
         f"<tr>{''.join(map(_cell, (*k, r['launches'], round(r['median_s'] * 1e6))))}</tr>"
         for k, r in newest.items()
@@ -305,7 +305,7 @@ def page(
     for device in devices:
         body += _of_device(runs, data, device, (bandwidth, peak), pictures)
     body.append(f"<h2>Limits of the machines</h2>{_limits(runs)}")
-    body.append(f"<h2>Host overhead of a block's training step</h2>{_host(runs)}")
+    body.append(f"<h2>Host overhead</h2>{_host(runs)}")
     body.append("<h2>Change against the previous commit</h2>")
     lines = [
         f"<tr>{_cell(n)}{_cell(a)}{_cell(b)}{_cell(f'{x:.3f}')}{_cell(f'{y:.3f}')}{_cell(f'{y / x - 1:+.1%}')}"

@@ -19,7 +19,7 @@ from fastres._casts import low_weight
 from fastres._pending import Linked, Pending, plain_conv
 from fastres._routing import own_conv3x3, settings, transformed
 from fastres.kernels._check import PLAIN
-from fastres.kernels._launch import SHAPES, channels_last
+from fastres.kernels._launch import channels_last
 from fastres.kernels._tape import Kept
 from fastres.kernels._whole import Norm, OtherLayout, Part, Whole
 from fastres.kernels.folded_conv import Geometry
@@ -52,6 +52,7 @@ class Verdict(NamedTuple):
 
 # By all that they depend on, the state of the modules apart. None: by parts.
 VERDICTS: dict[Any, Verdict | None] = {}
+_MOST = 1024
 _PROGRAMS = 8  # for a verdict: a forward, and a backward for each layout in which the gradient came
 
 
@@ -152,7 +153,7 @@ def verdict(b: Block, linked: bool, judge: Callable[[Block, bool], Verdict | Non
     found = judge(b, linked)
     if found is not None:
         found = found._replace(programs=Kept(_PROGRAMS))
-    if len(VERDICTS) >= SHAPES:
+    if len(VERDICTS) >= _MOST:
         VERDICTS.pop(next(iter(VERDICTS)), None)
     VERDICTS[key] = found
     return found

@@ -46,6 +46,7 @@ class Case(NamedTuple):
     run: Callable[[dict[str, Tensor]], Tensor]
     buffers: tuple[str, ...] = ()  # updated in place; compared as results
     inference: bool = False
+    times: int = 1  # the last one counts: programs are written at the second
 
 
 class Result(NamedTuple):
@@ -141,6 +142,18 @@ def cases(
         "weight4": rand(wide, wide, 1, 1, scale=wide**-0.5),
     }  # fmt: skip
     yield Case("two bottlenecks, linked", blocks, _linked)
+    square = dict(scale=(9 * c) ** -0.5)
+    whole = {
+        **{k: v for k, v in blocks.items() if k != "y"}, "y": rand(n, wide, 4 * h, 4 * w),
+        "weight2": rand(c, c, 3, 3, **square),
+    }  # fmt: skip
+    yield Case("bottleneck by a program", whole, _bottleneck, times=4)
+    basic = {
+        **norm("bn", c), **norm("bn2", c), **norm("bn3", c), "y": rand(n, c, 4 * h, 4 * w),
+        "weight": rand(c, c, 3, 3, **square), "weight2": rand(c, c, 3, 3, **square),
+        "weight3": rand(c, c, 1, 1, scale=c**-0.5),
+    }  # fmt: skip
+    yield Case("block of 3x3 convolutions by a program", basic, _basic_block, times=4)
 
 
 def inference_cases(device: torch.device, small: bool = False) -> Iterator[Case]:
@@ -243,6 +256,29 @@ def _linked(t: dict[str, Tensor]) -> Tensor:
     raise AssertionError
 
 
+def _given(weight: Tensor, stride: int = 1) -> nn.Conv2d:
+    """A convolution with this weight, of which a gradient is wanted."""
+    n, c, k, _ = weight.shape
+    conv = nn.Conv2d(c, n, k, stride, k // 2, bias=False, device="meta")
+    conv._parameters["weight"] = weight  # type: ignore[assignment]
+    return conv
+
+
+def _bottleneck(t: dict[str, Tensor]) -> Tensor:
+    """A whole one with a strided downsample."""
+    z = functional.conv_bn_relu(t["y"], _given(t["weight"]), _norm(t, "bn", True))
+    z = functional.conv_bn_relu(z, _given(t["weight2"], 2), _norm(t, "bn2", True))
+    shortcut = functional.conv_bn(t["y"], _given(t["weight4"], 2), _norm(t, "bn4", True))
+    return functional.add_relu(functional.conv_bn(z, _given(t["weight3"]), _norm(t, "bn3", True)), shortcut)
+
+
+def _basic_block(t: dict[str, Tensor]) -> Tensor:
+    """A whole one with a strided downsample."""
+    z = functional.conv_bn_relu(t["y"], _given(t["weight"], 2), _norm(t, "bn", True))
+    shortcut = functional.conv_bn(t["y"], _given(t["weight3"], 2), _norm(t, "bn3", True))
+    return functional.add_relu(functional.conv_bn(z, _given(t["weight2"]), _norm(t, "bn2", True)), shortcut)
+
+
 def bn_relu(tensors: dict[str, Tensor]) -> Case:
     """Batch norm with batch statistics and ReLU of ``y``."""
     return Case("batch norm + ReLU", tensors, _relu)
@@ -305,7 +341,8 @@ def check(
             eager = _outcome(case, _cast(case.tensors, dtype, memory, False), dz)
             ref = _outcome(case, _cast(case.tensors, dtype, memory, True), dz.double())
         with functional.backend(route), functional.record_routes() as log:
-            ours = _outcome(case, _cast(case.tensors, dtype, memory, False), dz)
+            for _ in range(case.times):
+                ours = _outcome(case, _cast(case.tensors, dtype, memory, False), dz)
         used = "+".join(dict.fromkeys(c.route for c in log)) or route
         for name in ref:
             precision = dtype if ours[name].dtype.itemsize >= dtype.itemsize else ours[name].dtype

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fastres
-from fastres import _whole
+from fastres import _whole, selfcheck
 from fastres import functional as fn
 from fastres.kernels import _tape
 from fastres.kernels._tape import Kept, launch, record
@@ -269,6 +269,15 @@ def test_setting():
 
 
 # --------------------------------------------------------------------------------------------- blocks in training
+
+
+@pytest.mark.interpret
+def test_selfcheck_runs_programs(hits):
+    cpu = torch.device("cpu")
+    cases = [case for case in selfcheck.cases(cpu, small=True) if case.times > 1]
+    for case in cases:
+        assert selfcheck.check(case, torch.float32, LAST, "triton", cpu).ok
+    assert len(cases) == 2 and len(hits) == 8  # forward and backward, the last two times
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from fastres.kernels._launch import on
 from fastres.kernels._triton import HAS_TRITON, INTERPRET, triton
 
 __all__ = ["MODES", "Kept", "Program", "launch", "noting", "programs", "record", "writing"]
@@ -171,7 +172,8 @@ class _Tape(TorchDispatchMode):
     def _launched(
         self, kernel: Any, grid: tuple[int, ...], run: Any, compiled: Any, args: Any, kwargs: Any
     ) -> list[_Line]:  # fmt: skip
-        if compiled is None or kernel.pre_run_hooks:
+        # For AMD's GPUs Triton also looks at the size of what a tensor lies in.
+        if compiled is None or kernel.pre_run_hooks or torch.version.hip:
             name = self._value(run, (id(kernel), grid))
             self._value(kernel)
             text, reads = self._call(name, args, kwargs)
@@ -349,11 +351,18 @@ class Kept:
         self._found: dict[Any, Program | bool] = {}  # True: seen once; False: cannot be written
 
     def __call__(
-        self, key: Any, function: Callable[..., Any], tensors: Sequence[Tensor | None], given: int,
+        self, key: Any, function: Callable[..., Any], tensors: Sequence[Any], given: int,
         constants: bool = False,
     ) -> Any:  # fmt: skip
-        """``function(*tensors)``, or its program. Gradients are off. The tensors from ``given`` on were made by
-        functions called with the same key as at other steps, and lie as evenly."""
+        """``function(*tensors)``, or its program, on the device of the first tensor. Gradients are off.
+
+        Args:
+            key: all that the program depends on; hashable.
+            function, constants: as in ``record``.
+            tensors: what it reads; the first is no None.
+            given: the tensors from here on were made by functions called with the same key as at other steps, so they
+                lie as evenly.
+        """
         if _Setting.mode == "off" or _running.tape is not None:  # which could not see into a program
             return function(*tensors)
         found = self._found.get(key)
@@ -367,5 +376,6 @@ class Kept:
                 self._found[key] = False if program is None else program
                 return result
         elif found is not False and (not found.direct or _direct(tensors[:given])):
-            return found.run(*tensors)
+            with on(tensors[0]):
+                return found.run(*tensors)
         return function(*tensors)

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.kernels._launch import on
 from fastres.kernels._library import applied, unwatched
 from fastres.kernels._pointwise_plan import precision
 from fastres.kernels._saved import hooked, recall, store
@@ -126,8 +125,7 @@ def _function(name: str, gradients: Callable[..., Any]) -> type[torch.autograd.F
         # The parameters' data may be others than in forward.
         key = [dout.stride(), precision(s.x), _fills(), *(v.dtype for v in vectors)]
         key += [(w.shape, w.stride(), w.dtype) for w in others[::2]]
-        with on(s.x):
-            return *programs(tuple(key), run, (dout, *kept), 1 + _FIRST + n), None
+        return *programs(tuple(key), run, (dout, *kept), 1 + _FIRST + n), None
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), methods)
@@ -181,8 +179,7 @@ class Whole:
             if programs is None or not fast:
                 found = run(x, *flat)
             else:
-                with on(x):
-                    found = programs("forward", run, (x, *flat), len(flat) + 1)
+                found = programs("forward", run, (x, *flat), len(flat) + 1)
         out, signs, *made = found
         one, two, *others = parts
         saved = (
