@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastres._batch_norm import check_norm, recomputing, running, tracking
+from fastres._batch_norm import check_norm, recomputing, tracking
 from fastres._casts import low_weight
 from fastres._pending import Linked, Pending, plain_conv
 from fastres._routing import own_conv3x3, settings, transformed
@@ -31,14 +31,11 @@ __all__ = ["VERDICTS", "Block", "Verdict", "apart", "check", "evaluate", "fits",
 class Block(NamedTuple):
     """A block, not evaluated yet, whose branch and identity read the same tensor."""
 
-    branch: tuple[Pending, ...]  # from the input to the end
+    parts: tuple[Pending, ...]  # from the input to the end, and then the downsample
+    branch: tuple[Pending, ...]  # those without it
     down: Pending | None
     x: Tensor
     bits: Tensor | None  # sign bits of x, where its gradient is wanted with the ReLU that made it applied
-
-    @property
-    def parts(self) -> tuple[Pending, ...]:
-        return self.branch if self.down is None else (*self.branch, self.down)
 
 
 class Verdict(NamedTuple):
@@ -68,7 +65,8 @@ def apart(branch: Pending, identity: Tensor | Pending | Linked, convs: int) -> B
     if len(parts) != convs or (identity if down is None else down.x) is not source:
         return None
     x, bits = (source.out, source.bits) if isinstance(source, Linked) else (source, None)
-    return Block(tuple(parts), down, x, bits)
+    branch_ = tuple(parts)
+    return Block(branch_ if down is None else (*branch_, down), branch_, down, x, bits)
 
 
 def weight_of(p: Pending) -> Tensor:
@@ -169,10 +167,13 @@ def check(b: Block, sizes: tuple[tuple[str, tuple[int, int]], ...]) -> None:
         check_norm(op, (b.x.shape[0], weight_of(p).shape[0], *size), b.x.device, p.bn)
 
 
-def _part(p: Pending, x: Tensor, low: bool) -> Part:
-    mean, var, _, batches = running(*tracking(p.once()))
-    weight = weight_of(p)
-    return Part(low_weight(weight, x) if low else weight, p.bn.weight, p.bn.bias, mean, var, batches)  # type: ignore[arg-type]
+def _part(p: Pending, x: Tensor, low: bool, tracks: bool) -> Part:
+    """``tracks``: running statistics are updated, where there are any, as by ``tracking``."""
+    bn, weight, p._tracked = p.bn, weight_of(p), True
+    mean, var, batches = bn.running_mean, bn.running_var, bn.num_batches_tracked
+    if not tracks or mean is None or var is None:
+        mean = var = batches = None
+    return Part(low_weight(weight, x) if low else weight, bn.weight, bn.bias, mean, var, batches)  # type: ignore[arg-type]
 
 
 def evaluate(
@@ -181,7 +182,8 @@ def evaluate(
     """The result, its sign bits, and what the first two convolutions gave; None where a convolution's result is not in
     channels_last. The parts are evaluated again then, but update no statistics that have been updated here
     (``Pending.once``). ``folded``: which parts' weights are folded with their norms, and not read as they are."""
-    parts = [_part(p, b.x, not f) for p, f in zip(b.parts, folded, strict=False)]
+    tracks = not recomputing()
+    parts = [_part(p, b.x, not f, tracks) for p, f in zip(b.parts, folded, strict=False)]
     try:
         return whole(found.options, b.x, b.bits, [*map(weight_of, b.parts)], parts, found.programs)
     except OtherLayout as other:

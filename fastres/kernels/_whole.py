@@ -72,6 +72,9 @@ class Saved(NamedTuple):
 
 
 _FIRST, _GIVEN = len(Saved._fields), Saved._fields.index("y1")
+# Where gammas and betas, and means and variances, stand; slices, for a Saved is not made to look into it.
+_VECTORS = slice(Saved._fields.index("gamma1"), _GIVEN)
+_STATISTICS = tuple(slice(i, i + 2) for i in map(Saved._fields.index, ("mean1", "mean2")))
 
 
 class OtherLayout(Exception):
@@ -116,14 +119,14 @@ def _function(name: str, gradients: Callable[..., Any]) -> type[torch.autograd.F
             return (None,) * ctx.inputs
         kept, (options, dtypes, programs) = recall(ctx), ctx.made
         n = 2 * (len(options.norms) - 2)  # weight and gamma of every other convolution
-        s, others = Saved(*kept[:_FIRST]), kept[_FIRST : _FIRST + n]
-        vectors = (s.gamma1, s.beta1, s.gamma2, s.beta2, *others[1::2])
-        fast = unwatched(dout, *vectors, s.mean1, s.var1, s.mean2, s.var2)
+        x, others = kept[1], kept[_FIRST : _FIRST + n]
+        vectors = (*kept[_VECTORS], *others[1::2])
+        fast = unwatched(dout, *vectors, *kept[_STATISTICS[0]], *kept[_STATISTICS[1]])
         run = functools.partial(gradients, options, dtypes, fast)
         if programs is None or not fast:
             return *run(dout, *kept), None
         # The parameters' data may be others than in forward.
-        key = [dout.stride(), precision(s.x), _fills(), *(v.dtype for v in vectors)]
+        key = [dout.stride(), precision(x), _fills(), *[v.dtype for v in vectors]]
         key += [(w.shape, w.stride(), w.dtype) for w in others[::2]]
         return *programs(tuple(key), run, (dout, *kept), 1 + _FIRST + n), None
 
@@ -172,22 +175,30 @@ class Whole:
         Raises:
             OtherLayout: as it says.
         """
-        flat = [t for p in parts for t in p]
+        flat: list[Any] = []
+        vectors: list[Tensor | None] = []
+        wanted: list[Tensor] = []
+        for p, weight in zip(parts, weights, strict=True):
+            flat += p
+            vectors += p[1:5]
+            wanted += (weight, p[1], p[2])
         with torch.no_grad():
-            fast = unwatched(x, *(v for p in parts for v in p[1:5]))
+            fast = unwatched(x, *vectors)
             run = functools.partial(self._flat, options, fast)
             if programs is None or not fast:
                 found = run(x, *flat)
             else:
                 found = programs("forward", run, (x, *flat), len(flat) + 1)
         out, signs, *made = found
-        one, two, *others = parts
+        one, two = parts[:2]
+        others: list[Tensor] = []
+        for p in parts[2:]:
+            others += p[:2]
         saved = (
             None if options.linked else signs, x, bits, one.weight, two.weight, one.gamma, one.beta, two.gamma,
-            two.beta, *made[: _FIRST - _GIVEN], *(t for p in others for t in p[:2]), *made[_FIRST - _GIVEN :],
+            two.beta, *made[: _FIRST - _GIVEN], *others, *made[_FIRST - _GIVEN :],
         )  # fmt: skip
         if hooked():  # what comes back may be of another kind
             programs = None
-        result = _Made(options, out, signs, saved, programs, tuple(w.dtype for w in weights))
-        wanted = (t for w, p in zip(weights, parts, strict=True) for t in (w, p.gamma, p.beta))
+        result = _Made(options, out, signs, saved, programs, tuple([w.dtype for w in weights]))
         return *self._apply(x, *wanted, result), made[0], made[4]
