@@ -209,13 +209,10 @@ def run(
     """``evaluate(x)``, what a network makes of ``x``, or its program. ``of_images``: x is what the whole network reads,
     and what is known of its values holds for all inside (``_foldable.images``)."""
     state: Any = None
-    if not torch.compiler.is_compiling():
-        if net.training:
-            _folding.users.pop(net, None)
-        elif _free(x):
-            state = _folding.users.get(net)
-            if state is None:
-                state = _folding.users[net] = _State()
+    if not torch.compiler.is_compiling() and not net.training and _free(x):
+        state = _folding.users.get(net)
+        if state is None:
+            state = _folding.users[net] = _State()
     programs = None if state is None else state.programs(net)
     keeps = None if programs is None or state.signature is None else state.signature.finite
     with images(net, x, keeps) if of_images else nullcontext(finite()) as known:

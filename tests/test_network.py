@@ -19,6 +19,7 @@ from fastres import _folding, _network
 from fastres import functional as fn
 from fastres.kernels import _tape
 from fastres.kernels._tape import Kept
+from fastres.kernels._triton import INTERPRET
 from tests.cases import Route, routes
 from tests.parity import randomize
 from tests.plain_resnet import PlainResNet
@@ -169,7 +170,7 @@ def _functional_trained(net: Any) -> None:
     """Statistics that move by a function on the norm's tensors, without a word to the module."""
     block = net.layer1[0]
     bn = block.bn1.fused()._replace(training=True)
-    with fn.backend("reference"):
+    with fn.backend("triton" if INTERPRET else "reference"):
         fn.materialize(
             fn.conv_bn_relu(torch.randn(2, 8, 8, 8).contiguous(memory_format=LAST), block.conv1, bn)
         )
@@ -179,6 +180,7 @@ def _class(net: Any) -> None:
     net.layer1[0].relu.__class__ = nn.Sigmoid
 
 
+KEPT: list[Any] = []
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "in place": lambda net: net.layer1[0].conv1.weight.mul_(1.5),
     "gamma": lambda net: net.layer1[0].bn1.weight.add_(1),
@@ -206,6 +208,10 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
         or setattr(net.layer2[0].downsample[0], "stride", (1, 1))
     ),
     "another module": lambda net: setattr(net.layer1[1], "conv1", nn.Conv2d(8, 8, 3, padding=1, bias=False)),
+    "another module, the old one kept": lambda net: (
+        KEPT.append(net.layer1[1].conv1),
+        setattr(net.layer1[1], "conv1", nn.Conv2d(8, 8, 3, padding=1, bias=False)),
+    ),
     "no module": lambda net: setattr(net, "layer4", nn.Identity()),
     "hook": lambda net: net.layer1[0].conv1.register_forward_hook(lambda m, a, out: out + 1),
     "hook before": lambda net: net.layer1.register_forward_pre_hook(lambda m, a: (a[0] + 1,)),
@@ -246,6 +252,23 @@ def test_what_changes_a_network(what: str, times: int) -> None:
     assert not same or what in ("forgotten", "layout", "dtype there and back")
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize("what", ["step of training", "part of it trained", "trained by a function"])
+def test_kernels_that_change_a_network(what: str, ran: list[Any]) -> None:
+    """They update running statistics without PyTorch's knowing."""
+    net, x = network(), images(1)
+    with fn.backend("triton"):
+        warm(net, x)
+        agree(net, x)
+        assert ran
+        with torch.no_grad():
+            before = flat(net(x))
+        CHANGES[what](net)
+        agree(net, x)
+        with torch.no_grad():
+            assert not torch.equal(before[0], net(x)[0])
+
+
 SETTINGS: dict[str, Callable[[], Any]] = {
     "backend": lambda: fn.backend("aten"),
     "folding": lambda: fn.folding("off"),
@@ -258,9 +281,12 @@ SETTINGS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("what", SETTINGS)
-def test_settings(what: str) -> None:
+def test_settings(what: str, ran: list[Any]) -> None:
     net, x = network(), images()
     warm(net, x)
+    with torch.no_grad(), SETTINGS[what]():
+        net(x)
+    assert not ran
     for _ in range(2):
         results = []
         for mode in ("auto", "off"):
@@ -323,16 +349,19 @@ def test_whoever_watches_sees_everything(what: str, ran: list[Any]) -> None:
 def test_unknown_modules_have_no_programs(ran: list[Any]) -> None:
     """Nobody knows what they do."""
 
-    class Noisy(nn.Module):
+    calls: list[int] = []
+
+    class Counts(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x + torch.rand(1)
+            calls.append(1)
+            return x * len(calls)
 
     net, x = network(), images()
-    net.layer1.add_module("noise", Noisy())
-    warm(net, x)
-    with torch.no_grad():
-        assert not torch.equal(net(x)[0], net(x)[0])
-    assert not ran
+    net.layer1.add_module("counts", Counts())
+    for _ in range(6):
+        with torch.no_grad():
+            net(x)
+    assert len(calls) == 6 and not ran
 
 
 def test_a_network_and_its_weights_are_let_go() -> None:
