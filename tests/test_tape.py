@@ -263,6 +263,29 @@ def test_kept_by_key():
         assert len(calls) == 6
 
 
+def test_programs_within_a_function_that_is_written_down():
+    """They are seen into: a tape has every launch."""
+    kernel, inner = Kernel(), Kept(2)
+
+    def within(x: Tensor) -> tuple[Tensor]:
+        y = x.clone()
+        launch(kernel, (1,))(y, 1.0)
+        return (y,)
+
+    def function(x: Tensor) -> tuple[Tensor]:
+        return inner("a", within, (x,), 1)  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        for _ in range(3):
+            function(torch.ones(2))
+        assert isinstance(inner._found["a"], _tape.Program)
+        _, program = record(function, (torch.ones(2),))
+        assert program is not None
+        kernel.seen.clear()
+        assert program.run(torch.ones(2))[0].tolist() == [2, 2]
+    assert len(kernel.seen) == 1
+
+
 def test_setting():
     with pytest.raises(ValueError, match="programs is 'on'; wanted one of auto, off"), fn.programs("on"):
         pass
