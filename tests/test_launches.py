@@ -138,6 +138,17 @@ def test_a_program_launches_what_triton_would(launched, monkeypatch, stage, dtyp
     assert heard == long and sixth == third
 
 
+def test_another_triton_has_no_programs(launched, monkeypatch):
+    """One whose compiled kernels are made otherwise: steps go the long way, and nothing fails."""
+    monkeypatch.delattr(launches._Kernel, "packed_metadata")
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *a, grid, **k: launches._Kernel("other", launched))
+    net = fastres.ResLayer(fastres.Bottleneck, 2, 32, 32).to(memory_format=LAST).train()
+    x = torch.randn(2, 32, 8, 8).contiguous(memory_format=LAST).requires_grad_()
+    for _ in range(4):
+        with functional.backend("triton"), functional.moments("on"):
+            net(x).sum().backward()
+
+
 # ------------------------------------------------------------------------------------ the harness itself must bite
 
 

@@ -94,7 +94,8 @@ def _quick_empty(device: torch.device) -> Callable[..., Tensor] | None:
     code calls; not where PyTorch was asked to fill what it leaves unset."""
     if torch.are_deterministic_algorithms_enabled():
         return None
-    return getattr(getattr(torch._C._dynamo, "guards", None), f"_empty_strided_{device.type}", None)
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    return getattr(guards, f"_empty_strided_{device.type}", None)
 
 
 class Program(NamedTuple):
@@ -166,7 +167,7 @@ class _Tape(TorchDispatchMode):
             return
         try:
             self.lines += write(*what)
-        except _Unwritable:
+        except (_Unwritable, AttributeError, KeyError):  # the latter two of a Triton that does it otherwise
             self.lines = None
 
     def _launched(
