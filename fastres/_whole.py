@@ -117,10 +117,6 @@ def fits(b: Block) -> bool:
     return _plain_input(b.x) and all(map(_usual, b.parts))
 
 
-def _about(v: Tensor | None) -> tuple[Any, ...] | None:
-    return None if v is None else (v.shape, v.dtype, v.device)
-
-
 def _key(b: Block, linked: bool) -> tuple[Any, ...] | None:
     """What a verdict depends on; None where that is another at every step, or somebody watches the choice."""
     x = b.x
@@ -137,7 +133,7 @@ def _key(b: Block, linked: bool) -> tuple[Any, ...] | None:
             conv.stride, conv.padding, conv.dilation, conv.groups, conv.kernel_size, conv.in_channels, weight.shape,
             weight.stride(), weight.dtype, bn.eps, bn.momentum,
         )  # fmt: skip
-        key += map(_about, bn[:5])
+        key += [None if v is None else (v.shape, v.dtype, v.device) for v in bn[:5]]
     return tuple(key)
 
 

@@ -37,7 +37,6 @@ from fastres.kernels.folded_conv import Geometry
 __all__ = ["Options", "basic_block"]
 
 _convolve = torch.conv2d
-_FOLDED = len(Folded._fields) - 2  # without a process group
 _PLAIN = Prologue()  # no norm in front of the downsample
 _FIRST = len(Saved._fields)
 
@@ -84,7 +83,7 @@ def _forward(o: Options, fast: bool, x: Tensor, parts: list[Part]) -> tuple[Tens
     second = Branch(x, three.weight, three.gamma, three.beta, eps3, True, o.stride)
     folded = block_end.fold(second, *updated[2], fast)
     result = downsample_end.end.at(fast)(*norm2, x, folded.wf, folded.bias, o.stride, None, True)
-    return *result, *made, *folded[:_FOLDED]
+    return *result, *made, *folded.kept
 
 
 def _convolution(dy: Tensor, x: Tensor, low: Tensor, g: Geometry) -> tuple[Tensor, Tensor]:

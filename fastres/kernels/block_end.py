@@ -37,6 +37,11 @@ class Folded(NamedTuple):
     drift: Tensor | None = None
     values: Tensor | None = None
 
+    @property
+    def kept(self) -> tuple[Tensor | None, ...]:
+        """What backward reads of it, in its place; without a process group."""
+        return self.wf, None, self.mean, self.var, self.wcov, self.mu, self.anchor
+
 
 class Branch(NamedTuple):
     """A 1x1 convolution and the norm behind it, with the norm and ReLU pending in front of it (``act``)."""

@@ -68,10 +68,10 @@ def _forward(
     if len(parts) == 4:
         four = parts[3]
         second = Branch(x, four.weight, four.gamma, four.beta, o.norms[3].eps, True, o.stride)
-        folded2 = block_end.fold(second, *updated[3], fast)
-        pair = (None, x, folded2[0], folded2[1], o.stride)
+        f2 = block_end.fold(second, *updated[3], fast)
+        pair, folded2 = (None, x, f2.wf, f2.bias, o.stride), f2.kept
     out, signs = ops.pointwise_end.at(fast)(y2, *front, True, folded.wf, folded.bias, *pair, None, True)
-    return out, signs, y1, mean1, var1, z1, y2, mean2, var2, *folded[:_FOLDED], *folded2[:_FOLDED]
+    return out, signs, y1, mean1, var1, z1, y2, mean2, var2, *folded.kept, *folded2
 
 
 def _backward(
