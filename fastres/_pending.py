@@ -208,6 +208,7 @@ def pointwise(conv: nn.Module, c: int, dtype: torch.dtype) -> bool:
         and conv.groups == 1
         and conv.in_channels == c
         and weight.shape[1] == c
+        and weight.is_contiguous()  # a slice of another is not, and kernels read rows of C values
         and (weight.dtype == dtype or torch.is_autocast_enabled(weight.device.type))
     )
 

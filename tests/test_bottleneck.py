@@ -181,6 +181,30 @@ def test_middle_convolution_in_another_layout(monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@routes()
+@pytest.mark.parametrize("conv", ["conv1", "conv3", "downsample.0"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_weight_that_is_a_slice_or_turned(route: Route, conv: str, turned: bool) -> None:
+    """Its rows lie apart, or its columns do: as eager PyTorch has it, whatever form that takes."""
+    nets = [layer(in_channels=8, norm_cfg=dict(type=norm)) for norm in ("BN", "FusedBN")]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net in nets:
+        weight = net[0].get_submodule(conv).weight
+        if turned:
+            weight.data = weight.data.transpose(0, 1).contiguous().transpose(0, 1)
+        else:
+            weight.data = torch.cat([weight.data, -weight.data], 1)[:, : weight.shape[1]]
+        net.to(route.device)
+        assert not net[0].get_submodule(conv).weight.is_contiguous()
+    x, dy = image(8, device=route.device), torch.randn(3, 16, 7, 6).to(route.device)
+    with fn.backend("aten"):
+        want = step(nets[0], x, dy)
+    with fn.backend(route.backend), fn.moments("on"):
+        got = step(nets[1], x, dy)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("what", ["gamma", "running", "one value"])
 def test_errors_change_nothing(what: str) -> None:
     net, x = layer(), image()
