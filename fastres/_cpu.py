@@ -9,9 +9,7 @@ convolutions have a rule of their own.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from fastres import _routing
 from fastres.kernels._launch import channels_last
+from fastres.kernels._switch import from_environment, switched
 from fastres.kernels._triton import INTERPRET
 from fastres.kernels.folded_conv import Geometry
 
@@ -51,20 +50,13 @@ _DIRECT_WEIGHTS = 1.6  # a multiplication of the direct form's weight gradient
 
 class _Setting:
     instructions: str = torch.backends.cpu.get_cpu_capability()
-    winograd: str = _routing._known(
-        os.environ.get("FASTRES_WINOGRAD", "").lower() or "auto", "FASTRES_WINOGRAD", WINOGRAD
-    )
+    winograd: str = from_environment("FASTRES_WINOGRAD", "auto", WINOGRAD)
 
 
-@contextmanager
-def winograd(mode: str) -> Iterator[None]:
+def winograd(mode: str) -> AbstractContextManager[None]:
     """Whether 3x3 convolutions take Winograd's form on a CPU: ``on`` wherever it applies, ``off``, or
     ``auto``, where it was measured to be faster (process-wide). ValueError for another mode."""
-    before, _Setting.winograd = _Setting.winograd, _routing._known(mode, "winograd", WINOGRAD)
-    try:
-        yield
-    finally:
-        _Setting.winograd = before
+    return switched(_Setting, "winograd", mode, WINOGRAD)
 
 
 def obstacle(x: Tensor) -> str:

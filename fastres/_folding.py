@@ -18,7 +18,7 @@ What PyTorch does not record cannot be noticed otherwise: values written through
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ __all__ = [
     "forget",
     "get",
     "held",
+    "states",
     "trained",
     "use",
     "users",
@@ -99,16 +100,24 @@ class Untracked(Exception):
     """A tensor was made in inference mode: PyTorch does not tell when it changes."""
 
 
-def _state(s: Sources) -> tuple[Any, ...]:
+def states(tensors: Iterable[Tensor | None]) -> list[Any]:
+    """What tells of each tensor that it is the same, unchanged, as long as its storage is not another's.
+
+    Raises:
+        Untracked: one was made in inference mode.
+    """
     try:
-        given: Any = s[:_TENSORS]
-        tensors = [
+        return [
             None if t is None else (id(t), t._version, t.untyped_storage()._cdata, t.storage_offset())
-            for t in given
+            for t in tensors
         ]
     except RuntimeError as error:
         raise Untracked from error
-    return (*tensors, *s[_TENSORS:])
+
+
+def _state(s: Sources) -> tuple[Any, ...]:
+    given: Any = s[:_TENSORS]
+    return (*states(given), *s[_TENSORS:])
 
 
 def get(conv: nn.Module, key: Any, sources: Sources, make: Callable[[], Folded]) -> Folded:

@@ -29,6 +29,7 @@ from fastres._foldable import finite, images, keeps_finite, off
 from fastres._fusable import observed
 from fastres._norm import FusedNorm
 from fastres._routing import get_folding, own_conv3x3, recording, settings
+from fastres.kernels import _tuned
 from fastres.kernels._check import PLAIN
 from fastres.kernels._library import watched
 from fastres.kernels._tape import Kept, writing
@@ -77,9 +78,10 @@ class _Signature:
         self.finite = keeps_finite(modules[0])
         self._modules = [self._module(m) for m in modules]
         self._forwards = {type(m): type(m).forward for m in modules}
-        given = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        self._tensors = _states(modules)
-        self._storages = [StorageWeakRef(t.untyped_storage()) for t in given]  # keep their addresses theirs
+        given = _tensors(modules)
+        self._tensors = _folding.states(given)
+        # They keep their addresses theirs.
+        self._storages = [StorageWeakRef(t.untyped_storage()) for t in given if t is not None]
 
     @staticmethod
     def _module(m: nn.Module) -> _Module:
@@ -111,19 +113,14 @@ class _Signature:
         if any(kind.forward is not forward for kind, forward in self._forwards.items()):
             return False
         try:
-            return _states(modules) == self._tensors
-        except RuntimeError:  # a tensor that was made in inference mode has no version
+            return _folding.states(_tensors(modules)) == self._tensors
+        except _folding.Untracked:
             return False
 
 
-def _states(modules: list[nn.Module]) -> list[Any]:
-    """Of every parameter and buffer what ``_folding`` tells its changes by."""
-    return [
-        None if t is None else (id(t), t._version, t.untyped_storage()._cdata, t.storage_offset())
-        for m in modules
-        for own in (m._parameters, m._buffers)
-        for t in own.values()
-    ]
+def _tensors(modules: list[nn.Module]) -> list[Tensor | None]:
+    """Every parameter and buffer."""
+    return [t for m in modules for own in (m._parameters, m._buffers) for t in own.values()]
 
 
 class _State(_folding.User):
@@ -159,7 +156,7 @@ class _State(_folding.User):
             return
         try:
             self.signature = _Signature(modules)
-        except RuntimeError:
+        except _folding.Untracked:
             self._wait = _PATIENCE
             return
         for m in modules:
@@ -184,7 +181,7 @@ def _settled(m: nn.Module) -> bool:
         and not m.training
         and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
         and all(_plain(v) for n, v in own.items() if n not in _TORCHS)
-        and all(t is None or type(t) in PLAIN for t in (*m._parameters.values(), *m._buffers.values()))
+        and all(t is None or type(t) in PLAIN for t in _tensors([m]))
     )
 
 
@@ -199,7 +196,7 @@ def _free(x: Tensor) -> bool:
         or off()
         or not writing()
         or observed()
-        or settings(x)[0] is None
+        or _tuned.token() is None
     )
 
 

@@ -23,9 +23,8 @@ calls, or ``kernels/conv3x3.py``.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -35,6 +34,7 @@ from fastres.kernels import _tuned
 from fastres.kernels._check import KERNEL_DTYPES
 from fastres.kernels._launch import channels_last, dense, lies_as, matrix, tile_key
 from fastres.kernels._pointwise_plan import precision
+from fastres.kernels._switch import from_environment, switched
 from fastres.kernels._triton import HAS_TRITON, INTERPRET, TRITON_ERROR
 from fastres.kernels.downsample_end import saving
 from fastres.kernels.folded_conv import cudnn_obstacle, onednn_obstacle
@@ -90,22 +90,14 @@ class Choice(NamedTuple):
     key: int  # id of the norm's weight (running mean without one), to find the layer by; 0 without a norm
 
 
-def _known(name: str, source: str, names: tuple[str, ...] = BACKENDS) -> str:
-    if name not in names:
-        raise ValueError(f"{source} is {name!r}; wanted one of {', '.join(names)}")
-    return name
-
-
 class _Setting:
     """Process-wide: plain attributes, so that torch.compile can guard on them."""
 
-    backend: str = _known(os.environ.get("FASTRES_BACKEND", "").lower() or "auto", "FASTRES_BACKEND")
-    moments: str = _known(os.environ.get("FASTRES_MOMENTS", "").lower() or "auto", "FASTRES_MOMENTS", MOMENTS)
-    memory: str = _known(os.environ.get("FASTRES_MEMORY", "").lower() or "save", "FASTRES_MEMORY", MEMORY)
-    folding: str = _known(os.environ.get("FASTRES_FOLDING", "").lower() or "auto", "FASTRES_FOLDING", FOLDING)
-    conv3x3: str = _known(
-        os.environ.get("FASTRES_CONV3X3", "").lower() or "cudnn", "FASTRES_CONV3X3", CONV3X3
-    )
+    backend: str = from_environment("FASTRES_BACKEND", "auto", BACKENDS)
+    moments: str = from_environment("FASTRES_MOMENTS", "auto", MOMENTS)
+    memory: str = from_environment("FASTRES_MEMORY", "save", MEMORY)
+    folding: str = from_environment("FASTRES_FOLDING", "auto", FOLDING)
+    conv3x3: str = from_environment("FASTRES_CONV3X3", "cudnn", CONV3X3)
     log: list[Choice] | None = None
     assumed: tuple[int, int] | None = None
 
@@ -115,35 +107,20 @@ def get_backend() -> str:
     return _Setting.backend
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
+def backend(name: str) -> AbstractContextManager[None]:
     """Ask for a route inside the block (process-wide). ValueError for an unknown name."""
-    before, _Setting.backend = _Setting.backend, _known(name, "backend")
-    try:
-        yield
-    finally:
-        _Setting.backend = before
+    return switched(_Setting, "backend", name, BACKENDS)
 
 
-@contextmanager
-def moments(mode: str) -> Iterator[None]:
+def moments(mode: str) -> AbstractContextManager[None]:
     """Whether blocks end in the moment form, on the fused routes: ``on`` wherever it applies, ``off``, or ``auto``."""
-    before, _Setting.moments = _Setting.moments, _known(mode, "moments", MOMENTS)
-    try:
-        yield
-    finally:
-        _Setting.moments = before
+    return switched(_Setting, "moments", mode, MOMENTS)
 
 
-@contextmanager
-def memory(mode: str) -> Iterator[None]:
+def memory(mode: str) -> AbstractContextManager[None]:
     """What the fused routes keep for backward of a bottleneck: ``save`` the 3x3's input, or ``recompute`` it, which
     takes one more pass over it in backward."""
-    before, _Setting.memory = _Setting.memory, _known(mode, "memory", MEMORY)
-    try:
-        yield
-    finally:
-        _Setting.memory = before
+    return switched(_Setting, "memory", mode, MEMORY)
 
 
 def recomputes() -> bool:
@@ -156,25 +133,15 @@ def get_folding() -> str:
     return _Setting.folding
 
 
-@contextmanager
-def folding(mode: str) -> Iterator[None]:
+def folding(mode: str) -> AbstractContextManager[None]:
     """Fold norms into convolutions where no gradient is wanted (``auto``), or not (``off``); process-wide."""
-    before, _Setting.folding = _Setting.folding, _known(mode, "folding", FOLDING)
-    try:
-        yield
-    finally:
-        _Setting.folding = before
+    return switched(_Setting, "folding", mode, FOLDING)
 
 
-@contextmanager
-def conv3x3(mode: str) -> Iterator[None]:
+def conv3x3(mode: str) -> AbstractContextManager[None]:
     """What runs 3x3 convolutions on the fused routes: ``cudnn`` (whatever PyTorch calls; the default, for nothing was
     measured) or ``triton``, this package's own kernels, wherever they apply."""
-    before, _Setting.conv3x3 = _Setting.conv3x3, _known(mode, "conv3x3", CONV3X3)
-    try:
-        yield
-    finally:
-        _Setting.conv3x3 = before
+    return switched(_Setting, "conv3x3", mode, CONV3X3)
 
 
 def own_conv3x3() -> bool:

@@ -311,7 +311,7 @@ def hits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     call = Kept.__call__
 
     def counted(self: Kept, key: Any, *args: Any) -> Any:
-        if isinstance(self._found.get(key), _tape.Program) and _tape._Setting.mode == "auto":
+        if isinstance(self._found.get(key), _tape.Program) and _tape.writing():
             found.append(key)
         return call(self, key, *args)
 

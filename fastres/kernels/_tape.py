@@ -13,10 +13,9 @@ read from a tensor. Where no tape is running, nothing is noted and ``launch`` co
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fastres.kernels._launch import on
+from fastres.kernels._switch import from_environment, switched
 from fastres.kernels._triton import HAS_TRITON, INTERPRET, triton
 
 __all__ = ["MODES", "Kept", "Program", "launch", "noting", "programs", "record", "writing"]
@@ -32,30 +32,19 @@ __all__ = ["MODES", "Kept", "Program", "launch", "noting", "programs", "record",
 MODES = ("auto", "off")
 
 
-def _known(mode: str, source: str) -> str:
-    if mode not in MODES:
-        raise ValueError(f"{source} is {mode!r}; wanted one of {', '.join(MODES)}")
-    return mode
-
-
 class _Setting:
-    mode: str = _known(os.environ.get("FASTRES_PROGRAMS", "").lower() or "auto", "FASTRES_PROGRAMS")
+    programs: str = from_environment("FASTRES_PROGRAMS", "auto", MODES)
 
 
-@contextmanager
-def programs(mode: str) -> Iterator[None]:
+def programs(mode: str) -> AbstractContextManager[None]:
     """Whether what a block launches is written down at its second step and launched from there at the ones after
     (``auto``), or decided anew at every step (``off``); process-wide. The results are the same, bit for bit."""
-    before, _Setting.mode = _Setting.mode, _known(mode, "programs")
-    try:
-        yield
-    finally:
-        _Setting.mode = before
+    return switched(_Setting, "programs", mode, MODES)
 
 
 def writing() -> bool:
     """Whether programs are wanted."""
-    return _Setting.mode == "auto"
+    return _Setting.programs == "auto"
 
 
 def noting() -> int:
@@ -364,7 +353,7 @@ class Kept:
             given: the tensors from here on were made by functions called with the same key as at other steps, so they
                 lie as evenly.
         """
-        if _Setting.mode == "off" or _running.tape is not None:  # which could not see into a program
+        if _Setting.programs == "off" or _running.tape is not None:  # which could not see into a program
             return function(*tensors)
         found = self._found.get(key)
         if found is None:
