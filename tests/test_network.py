@@ -135,12 +135,13 @@ def test_same_bits_on_a_cpu(name: str, kind: str, ran: list[Any]) -> None:
     assert bool(ran) == (name != "GN")
 
 
-def test_made_without_a_value() -> None:
+def test_made_without_a_value(ran: list[Any]) -> None:
     net, x = network(), images()
     warm(net, x)
     with poison():
         for _ in range(3):
             agree(net, x)
+    assert len(ran) == 1  # of its own: the one from before would not have filled anything
 
 
 @torch.no_grad()

@@ -62,8 +62,10 @@ def test_operators_of_every_form():
         wide = torch.cat([one, two.detach()]).view(2, 4).to(torch.float64)
         return wide, None if y is None else y * 2, three.as_strided((2, 2), (1, 2)), z.flatten(), one
 
-    written(function, torch.randn(3, 4), None, torch.randn(2, 3))
-    written(function, torch.randn(3, 4), torch.randn(3), torch.randn(2, 3))
+    without, program = (
+        written(function, torch.randn(3, 4), y, torch.randn(2, 3)) for y in (None, torch.randn(3))
+    )
+    assert len(program.source.splitlines()) == len(without.source.splitlines()) + 1  # y * 2
 
 
 def test_convolutions_and_what_they_leave_out():
@@ -458,6 +460,23 @@ def test_what_changes_between_steps(what, kind, hits, monkeypatch):
             assert torch.equal(a, b)
     if what != "cumulative average":  # two steps, with the other block's programs
         assert (len(hits) == 4) == (what in ("nothing", "shared"))  # forward and backward of two blocks
+
+
+@pytest.mark.interpret
+def test_data_that_changes_between_forward_and_backward(hits):
+    """A program of other strides would read past them; without one the operator refuses."""
+    for mode in ("auto", "off"):
+        stage = Stage()
+        for _ in range(2):
+            stage.step("auto")
+        hits.clear()
+        with fn.backend("triton"), fn.moments("on"), fn.programs(mode):
+            out = stage.net(stage.x.detach().requires_grad_())
+            assert len(hits) == (2 if mode == "auto" else 0)
+            weight = stage.net[1].conv3.weight
+            weight.data = torch.cat([weight.data, weight.data], 2)[:, :, :1]
+            with pytest.raises(ValueError, match="pointwise_weight: weight has stride"):
+                out.backward(stage.dy)
 
 
 @pytest.mark.interpret

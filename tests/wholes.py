@@ -93,3 +93,18 @@ def agree(
         assert a.dtype == b.dtype and a.stride() == b.stride()
         assert torch.equal(a, b)
     return results[0][0]
+
+
+def errors_change_nothing(net: nn.Module, x: Tensor, what: str) -> None:
+    """A last norm that does not fit: ``gamma`` or ``running`` of another size, or ``one value`` a channel."""
+    if what == "one value":
+        x = x[:1, :, :1, :1].detach().contiguous(memory_format=LAST).requires_grad_()
+    if what == "gamma":
+        net[0].last_norm.weight = nn.Parameter(torch.ones(3))  # type: ignore[index]
+    if what == "running":
+        net[0].last_norm.running_var = torch.ones(3)  # type: ignore[index]
+    before = copy.deepcopy(net.state_dict())
+    with fn.backend("reference"), fn.moments("on"), pytest.raises(ValueError):
+        net(x)
+    now = net.state_dict()
+    assert before.keys() == now.keys() and all(torch.equal(before[k], now[k]) for k in now)

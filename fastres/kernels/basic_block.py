@@ -152,7 +152,7 @@ def _downsample(
     dw, dgamma, dbeta, b, shift = block_end._matrices(sums, weight, gamma, f, options, x, None, rows, fast)
     none = (None,) * 6  # of keep and of a second branch
     dread = ops.pointwise_dz.at(fast)(g, f.wf, x, *_PLAIN, b, shift, f.mu, *none, o.stride)[0]
-    return dread, dw, *_affine((dbeta, dgamma), gamma, gamma)
+    return dread, dw, in_dtype(dgamma, gamma), dbeta  # autograd gives that beta's dtype
 
 
 def _pair(
@@ -171,7 +171,7 @@ def _pair(
     )
     stride = Geometry((o.stride, o.stride), (0, 0), (1, 1), 1)
     dx, dw = _convolution(dy3, s.x, low, stride)
-    return dy2, _affine(of2, s.gamma2, s.beta2), dx, (dw.to(dtypes[2]), *_affine(of3, gamma, gamma))
+    return dy2, _affine(of2, s.gamma2, s.beta2), dx, (dw.to(dtypes[2]), in_dtype(of3[1], gamma), of3[0])
 
 
 basic_block = Whole("_BasicBlock", _forward, _backward)

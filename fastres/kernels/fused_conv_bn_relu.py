@@ -65,6 +65,13 @@ def _rows(x: Tensor, op: str) -> Tensor:
     return x
 
 
+def _columns(weight: Tensor, op: str) -> int:
+    """C of a weight [N, C, 1, 1], which kernels read as rows of C values."""
+    if not weight.is_contiguous():
+        raise ValueError(f"{op}: weight has stride {list(weight.stride())}; wanted a contiguous one")
+    return weight.shape[1]
+
+
 # ---------------------------------------------------------------------------------------------------- launchers
 
 
@@ -101,7 +108,7 @@ def _fold(
     eps: float, mean: Tensor | None, var: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
     momentum: float, count: int, batches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    n, c = weight.shape[:2]
+    n, c = weight.shape[0], _columns(weight, "pointwise_fold")
     batch = mu is not None
     wf = torch.empty(n, c, dtype=like.dtype, device=weight.device)
     bias = torch.empty(n, dtype=torch.float32, device=weight.device)
@@ -170,7 +177,7 @@ def _weight_gradient(
     sums: Tensor, weight: Tensor, wcov: Tensor, anchor: Tensor, mu: Tensor, mean: Tensor, var: Tensor,
     gamma: Tensor | None, eps: float, batch: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    n, c = weight.shape[:2]
+    n, c = weight.shape[0], _columns(weight, "pointwise_weight")
     dw = torch.empty_like(weight)
     dgamma, dvar, adb = sums.new_empty(n), sums.new_empty(n), sums.new_empty(n)
     with on(weight):
@@ -182,7 +189,7 @@ def _weight_gradient(
 
 
 def _correction(weight: Tensor, dvar: Tensor, adb: Tensor, like: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    n, c = weight.shape[:2]
+    n, c = weight.shape[0], _columns(weight, "pointwise_correction")
     b, shift = like.new_empty(c, c), dvar.new_empty(c)
     blocks = -(-c // FOLD.n)
     with on(weight):
