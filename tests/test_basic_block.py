@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,8 +14,7 @@ import fastres
 from fastres import functional as fn
 from fastres.kernels import basic_block as fused
 from tests.cases import Route, node_names, routes
-from tests.launches import on_cpu
-from tests.wholes import LAST, agree, by_parts, errors_change_nothing, image, layer, step, taken
+from tests.wholes import LAST, agree, errors_change_nothing, image, layer, step, taken
 
 BLOCKS: dict[str, dict[str, Any]] = {
     "identity": dict(in_channels=16),
@@ -153,15 +151,3 @@ def test_a_convolution_in_another_layout(monkeypatch: pytest.MonkeyPatch, at: st
 @pytest.mark.parametrize("what", ["gamma", "running", "one value"])
 def test_errors_change_nothing(what: str) -> None:
     errors_change_nothing(stage(stride=2 if what == "one value" else 1), image(), what)
-
-
-@pytest.mark.aot
-@pytest.mark.parametrize("moments", ["on", "off"])
-def test_launches_are_those_of_the_parts(moments: str) -> None:
-    net, x = stage(2, in_channels=8, stride=2), image(8)
-    found = []
-    for way in (nullcontext, by_parts):
-        with way(), on_cpu() as log, fn.backend("triton"), fn.moments(moments):
-            net(x).backward(torch.randn(3, 16, 4, 3))
-        found.append(sorted(log))
-    assert found[0] == found[1] and len(found[0]) > 20

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["hooked", "recall", "store"]
+__all__ = ["through_hooks", "recall", "store"]
 
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
-def hooked() -> bool:
+def through_hooks() -> bool:
     """Whether tensors that are saved now go through hooks."""
     return _hooks(True) is not None
 
@@ -26,7 +26,7 @@ def store(ctx: Any, *tensors: Tensor | None) -> None:
     """``ctx.save_for_backward``."""
     ctx.save_for_backward(*tensors)
     ctx.lay = None
-    if not torch.compiler.is_compiling() and hooked():
+    if not torch.compiler.is_compiling() and through_hooks():
         ctx.lay = [None if t is None else t.stride() for t in tensors]
 
 

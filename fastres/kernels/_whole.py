@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastres.kernels._library import applied, unwatched
 from fastres.kernels._pointwise_plan import precision
-from fastres.kernels._saved import hooked, recall, store
+from fastres.kernels._saved import recall, store, through_hooks
 from fastres.kernels._tape import Kept
 
 __all__ = ["Norm", "OtherLayout", "Part", "Saved", "Whole", "convolution_backward", "updates"]
@@ -198,7 +198,7 @@ class Whole:
             None if options.linked else signs, x, bits, one.weight, two.weight, one.gamma, one.beta, two.gamma,
             two.beta, *made[: _FIRST - _GIVEN], *others, *made[_FIRST - _GIVEN :],
         )  # fmt: skip
-        if hooked():  # what comes back may be of another kind
+        if through_hooks():  # what comes back may be of another kind
             programs = None
         result = _Made(options, out, signs, saved, programs, tuple([w.dtype for w in weights]))
         return *self._apply(x, *wanted, result), made[0], made[4]
