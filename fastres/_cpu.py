@@ -1,14 +1,15 @@
 """What a CPU does beside ATen's own operators and oneDNN's fused ones: the rules, as measured, and the switches.
 
 In training ``auto`` takes ATen's operators on a CPU, except that 3x3 convolutions of stride 1 take Winograd's form, or
-their weight gradient alone does, where that is faster by the figures of docs/CPU.md. It needs channels_last, gradients
-enabled, no autocast; ``auto`` takes it for float32 and batch statistics only, and on processors with AVX2 but not
-AVX-512. ``backend("aten")`` turns it off, and ``winograd("on" | "off")`` or FASTRES_WINOGRAD says so alone. Folded
+some of their three products do, where that is faster by the figures of docs/CPU.md. It needs channels_last, gradients
+enabled, no autocast; ``auto`` takes it for float32 and batch statistics only, and on processors with AVX2 or AVX-512.
+``backend("aten")`` turns it off, and ``winograd("on" | "off")`` or FASTRES_WINOGRAD says so alone. Folded
 convolutions have a rule of their own.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from fastres import _routing
+from fastres.kernels import _native
 from fastres.kernels._launch import channels_last
 from fastres.kernels._switch import from_environment, switched
 from fastres.kernels._triton import INTERPRET
 from fastres.kernels.folded_conv import Geometry
+from fastres.kernels.winograd_products import serves
 
-__all__ = ["WINOGRAD", "obstacle", "folded_tile", "rule", "winograd_tiles"]
+__all__ = ["WINOGRAD", "obstacle", "folded_tile", "measured", "rule", "winograd_tiles"]
 
 WINOGRAD = ("auto", "on", "off")
 
@@ -36,13 +39,19 @@ class _Cost(NamedTuple):
     calls: float = 0.0  # of operators, in multiplications
 
 
-# By the processor's instructions; the form is not taken where nobody has measured it. With AVX-512 oneDNN's direct form
-# is 2.5 times as fast as PyTorch's batched products, so it trains by the direct form there.
+# By the processor's instructions; the form is not taken where nobody has measured it.
 _FOLDED = {
     "AVX2": _Cost((130, 160), (25, 25)),
     "AVX512": _Cost((57, 106), (10, 12), product=1.12, calls=9e6),
 }
-_TRAINED = {"AVX2": _Cost((130, 160), (50, 150))}
+_TRAINED = {
+    "AVX2": _Cost((130, 160), (50, 150)),
+    "AVX512": _Cost((57, 106), (150, 200), product=1.12, calls=9e6),
+}
+# The compiled loops have tiles of 4 alone; the figures hold with AVX2 and with AVX-512.
+_NATIVE, _NATIVE_WEIGHTS = (_Cost((math.inf, 27), (0, packing), product=1.1) for packing in (80, 30))
+# The weight gradient's products are PyTorch's. With AVX-512 oneDNN's direct form is 2.5 times as fast as those.
+_WEIGHTS = {"AVX2": _TRAINED["AVX2"]}
 _TILES = (2, 4)
 _NARROWEST = (1, 48)  # with fewer channels the direct form is too exact for tiles of 4
 _DIRECT_WEIGHTS = 1.6  # a multiplication of the direct form's weight gradient
@@ -74,23 +83,23 @@ def obstacle(x: Tensor) -> str:
     return ""
 
 
-def _tile(
-    shape: tuple[int, ...], inputs: int, outputs: int, costs: dict[str, _Cost], direct: float = 1.0
-) -> int:
+def _cost(costs: dict[str, _Cost]) -> _Cost | None:
+    """This processor's. ``winograd("on")`` asks for the best of the tiles where there are no figures, too."""
+    return costs.get(_Setting.instructions, costs["AVX2"] if _Setting.winograd == "on" else None)
+
+
+def _tile(shape: tuple[int, ...], inputs: int, outputs: int, cost: _Cost | None, direct: float = 1.0) -> int:
     """Side of the tiles by which a 3x3 convolution is expected to be fastest: 2, 4, or 0 for none.
 
     The expectation counts multiplications a pair of channels; a tile costs (tile + 2)^2, and as much again as its
-    transforms take, which is the more the fewer channels share them. ``winograd("on")`` asks for the best of the tiles
-    where there are no figures, too.
+    transforms take, which is the more the fewer channels share them.
 
     Args:
         shape: B, H, W of the result.
         inputs, outputs: channels.
-        costs: by the processor's instructions.
+        cost: of this processor, or None.
         direct: what a multiplication of the direct form costs.
     """
-    on = _Setting.winograd == "on"
-    cost = costs.get(_Setting.instructions, costs["AVX2"] if on else None)
     if cost is None:
         return 0
     b, h, w = shape
@@ -102,7 +111,7 @@ def _tile(
         found = cost.product * (tile + 2) ** 2 * units + cost.calls / (inputs * outputs)
         if found < least and narrow >= _NARROWEST[i]:
             best, least = tile, found
-    return best or (2 if on else 0)
+    return best or (2 if _Setting.winograd == "on" else 0)
 
 
 def folded_tile(weight: torch.Size, g: Geometry, out: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -112,12 +121,18 @@ def folded_tile(weight: torch.Size, g: Geometry, out: tuple[int, ...], dtype: to
         return 0
     if g != ((1, 1), (1, 1), (1, 1), 1):
         return 0
-    return _tile((out[0], *out[2:]), weight[1], weight[0], _FOLDED)
+    return _tile((out[0], *out[2:]), weight[1], weight[0], _cost(_FOLDED))
 
 
 def rule() -> tuple[str, str]:
     """What ``folded_tile`` goes by beside the shapes."""
     return _Setting.winograd, _Setting.instructions
+
+
+def measured(conv: nn.Conv2d, x: Tensor) -> str:
+    """The reason to give for Winograd's form of a convolution."""
+    loops = _native.serves(x.dtype, conv.in_channels, conv.out_channels)
+    return "cpu: measured; compiled loops" if loops else "cpu: measured"
 
 
 def winograd_tiles(conv: nn.Module, x: Tensor, training: bool) -> tuple[int, int]:
@@ -148,5 +163,11 @@ def winograd_tiles(conv: nn.Module, x: Tensor, training: bool) -> tuple[int, int
         return 0, 0
     shape = (x.shape[0], *x.shape[2:])
     channels = conv.in_channels, conv.out_channels
-    tile = _tile(shape, *channels, _TRAINED)
-    return tile, tile or _tile(shape, *channels, _TRAINED, _DIRECT_WEIGHTS)
+    if _Setting.instructions in _TRAINED and _native.serves(x.dtype, *channels):
+        return _tile(shape, *channels, _NATIVE), _tile(shape, *channels, _NATIVE_WEIGHTS)
+    if mode != "on" and _Setting.instructions == "AVX512" and not serves(x.dtype):
+        return 0, 0
+    tile = _tile(shape, *channels, _cost(_TRAINED))
+    if mode != "on" and _Setting.instructions not in _WEIGHTS:
+        return tile, 0
+    return tile, tile or _tile(shape, *channels, _cost(_WEIGHTS), _DIRECT_WEIGHTS)

@@ -216,7 +216,7 @@ def pointwise(conv: nn.Module, c: int, dtype: torch.dtype) -> bool:
 def _convolve(conv: nn.Module, x: Tensor, bn: BatchNorm) -> Tensor:
     """The module called, or its form on a CPU."""
     tile, weights = _cpu.winograd_tiles(conv, x, bn.training)
-    if not weights:
+    if not (tile or weights):
         if type(conv) is not nn.Conv2d or not plain_conv(conv) or torch.jit.is_tracing():
             return conv(x)
         assert not isinstance(conv.padding, str)
@@ -226,7 +226,10 @@ def _convolve(conv: nn.Module, x: Tensor, bn: BatchNorm) -> Tensor:
         # What the module would call.
         return torch.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
     assert isinstance(conv, nn.Conv2d)
-    record("conv", x, "winograd", "cpu: measured" + ("" if tile else "; weight gradient only"), (bn,))
+    part = "" if tile else "; weight gradient only"
+    if not weights:
+        part = "; but for the weight gradient"
+    record("conv", x, "winograd", _cpu.measured(conv, x) + part, (bn,))
     return winograd_conv(x, conv.weight, tile, weights)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from fastres._version import __version__
 from fastres.functional import get_backend
-from fastres.kernels import _tuned
+from fastres.kernels import _native, _tuned
 from fastres.kernels._triton import HAS_TRITON, INTERPRET, TRITON_ERROR
 
 __all__ = ["environment", "gpu_state"]
@@ -75,6 +75,7 @@ def environment() -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version() or "" if torch.cuda.is_available() else "",
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),  # the rules of a CPU go by them
+        "compiled_loops": _native.native_obstacle() or str(_native.built_at()),
         "threads": torch.get_num_threads(),
         "gpu": "",
     }

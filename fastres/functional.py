@@ -42,6 +42,7 @@ from fastres._routing import (
 )
 from fastres.kernels import pool as pool_ops
 from fastres.kernels._check import check_activation, check_aten
+from fastres.kernels._native import native
 from fastres.kernels._tape import programs
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "memory",
     "moments",
     "moments_pay",
+    "native",
     "programs",
     "record_routes",
     "winograd",

@@ -66,6 +66,29 @@ def test_parity(
     assert ours["y"].is_contiguous(memory_format=LAST)
 
 
+@pytest.mark.parametrize("by_onednn", [True, False])
+@pytest.mark.parametrize("batch", [1, 5, 9])
+def test_products(batch: int, by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN's, which may want other packings for a last step that is shorter, and PyTorch's where it has none."""
+    monkeypatch.setattr(wino, "_ROWS", 60)
+    assert wino.serves(torch.float32) and not wino.serves(torch.float64)
+    taken = []
+    products = wino.products
+    monkeypatch.setattr(wino, "products", lambda *a: taken.append(len(a[0])) or products(*a))
+    if not by_onednn:
+        monkeypatch.setattr(wino, "serves", lambda dtype: False)
+    x = torch.randn(batch, 64, 20, 19).contiguous(memory_format=LAST)
+    weight, dy = torch.randn(80, 64, 3, 3) / 24, torch.randn(batch, 80, 20, 19)
+    with poison():
+        ours = convolve(x, weight, dy, "products 4")
+    assert bool(taken) == by_onednn
+    eager, ref = (
+        convolve(*(t.to(kind) for t in (x, weight, dy)), "eager") for kind in (x.dtype, torch.float64)
+    )
+    for name, value in ours.items():
+        assert_close64(name, value, eager[name], ref[name])
+
+
 @pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize("mean", [0.0, 10.0])
 @pytest.mark.parametrize("shape", [(4, 256, 14, 14), (2, 64, 29, 27), (3, 48, 6, 11)], ids=str)
@@ -117,6 +140,19 @@ def test_blocks_by_the_rule() -> None:
     assert {c.route for c in log if c.op == "conv"} == {"winograd"}
 
 
+def test_without_the_weight_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpu._Setting, "instructions", "AVX512")
+    ours = randomize(fastres.ResLayer(fastres.BasicBlock, 1, 96, 96).to(memory_format=LAST))
+    plain = like(nn.Sequential(Block(96, 96)), ours)
+    x, dy = steps((4, 96, 28, 28), (4, 96, 28, 28), 1)
+    monkeypatch.setattr(wino, "weight_gradient", None)
+    with fn.record_routes() as log:
+        assert_parity(ours, plain, x, dy, layout=LAST)
+    assert {(c.route, c.reason) for c in log if c.op == "conv"} == {
+        ("winograd", "cpu: measured; but for the weight gradient")
+    }
+
+
 def test_compiled_in_one_graph() -> None:
     x, dy = (torch.randn(4, 8, 6, 7).contiguous(memory_format=LAST) for _ in range(2))
     results = []
@@ -144,17 +180,26 @@ def test_auto_takes_what_was_measured() -> None:
 
 
 def test_auto_knows_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With AVX-512 training is faster by the direct form: 0.80 of eager's ResNet-18 step was measured with this one."""
+    """With AVX-512 the weight gradient is faster by the direct form."""
     conv = nn.Conv2d(128, 128, 3, padding=1, bias=False)
     x = torch.empty(8, 128, 28, 28, memory_format=LAST)
     g = Geometry((1, 1), (1, 1), (1, 1), 1)
-    for instructions, trained, folded in (("AVX2", 4, 4), ("AVX512", 0, 4), ("SVE256", 0, 0)):
+    for instructions, trained, folded in (("AVX2", (4, 4), 4), ("AVX512", (4, 0), 4), ("SVE256", (0, 0), 0)):
         monkeypatch.setattr(_cpu._Setting, "instructions", instructions)
-        assert _cpu.winograd_tiles(conv, x, True) == (trained, trained)
+        assert _cpu.winograd_tiles(conv, x, True) == trained
         assert _cpu.folded_tile(conv.weight.shape, g, tuple(x.shape), torch.float32) == folded
         with fn.winograd("on"):
             assert _cpu.winograd_tiles(conv, x, True) == (4, 4)
             assert _cpu.folded_tile(conv.weight.shape, g, tuple(x.shape), torch.float32) == 4
+
+
+def test_auto_needs_onednn_with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = nn.Conv2d(128, 128, 3, padding=1, bias=False)
+    x = torch.empty(8, 128, 28, 28, memory_format=LAST)
+    monkeypatch.setattr(_cpu, "serves", lambda dtype: False)
+    assert _cpu.winograd_tiles(conv, x, True) == (4, 4)
+    monkeypatch.setattr(_cpu._Setting, "instructions", "AVX512")
+    assert _cpu.winograd_tiles(conv, x, True) == (0, 0)
 
 
 # --------------------------------------------------------------------------------------------------- the rules

@@ -1,10 +1,13 @@
-"""Winograd's form of a 3x3 convolution, stride 1, padding 1, on a CPU: sums of rows and matrix products of ATen.
+"""Winograd's form of a 3x3 convolution, stride 1, padding 1, on a CPU: sums of rows and products of ATen or oneDNN.
+
+Where the compiled loops were built (``winograd_native``) and serve, the operators take those.
 
 A tile of m x m results takes 9 m^2 multiplications a channel pair directly and (m + 2)^2 here: 36 and 16 for m = 2,
 144 and 36 for m = 4.
 
     forward     Y = A^T [ (B^T d B) . (G g G^T) ] A         d: patch of the input, g: the 3x3 weights, Y: m x m
-                the sum over input channels turns the products . into (m + 2)^2 matrix products [tiles, C] [C, N]
+                the sum over input channels turns the products . into (m + 2)^2 matrix products [tiles, C] [C, N],
+                oneDNN's (``winograd_products``) where it has them
     backward    dx  the same with the weights turned by 180 degrees and transposed
                 dg = G^T [ sum over tiles (A dY A^T) . (B^T d B) ] G
     transforms  of activations: each row of the result is a weighted sum of a few rows [C] of the operand, by a table
@@ -33,8 +36,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastres.kernels import _native, winograd_native
 from fastres.kernels._library import Traffic, register
 from fastres.kernels._saved import recall, store
+from fastres.kernels.winograd_products import pack, packing, products, serves
 
 __all__ = ["Steps", "dense", "table", "weights", "winograd"]
 
@@ -89,12 +94,32 @@ def _matrices(tile: int) -> _Matrices:
     return _Matrices(*(torch.tensor(m, dtype=torch.float64, device="cpu") for m in wide))
 
 
+@functools.lru_cache(maxsize=64)
+def _taps(tile: int, turned: bool, n: int, dtype: torch.dtype) -> _Bags:
+    """The transform of n rows a tap to n rows a product."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        g = _matrices(tile).g
+        g = g.flip(1) if turned else g
+        spots = torch.kron(g, g)
+        product, tap = spots.nonzero().unbind(1)
+        counts = product.bincount(minlength=len(spots))
+        # Bag (product, i) takes row i of each of its taps.
+        bags = torch.arange(len(spots)).repeat_interleave(n), torch.arange(n).repeat(len(spots))
+        per_bag = counts[bags[0]]
+        offsets = torch.zeros(len(per_bag) + 1, dtype=torch.int32)
+        offsets[1:] = per_bag.cumsum(0)
+        first = counts.cumsum(0) - counts
+        term = torch.arange(int(offsets[-1])) - offsets[:-1].repeat_interleave(per_bag)
+        term += first[bags[0]].repeat_interleave(per_bag)
+        columns = tap[term] * n + bags[1].repeat_interleave(per_bag)
+        return _Bags(offsets, columns.int(), spots[product, tap][term].to(dtype))
+
+
 def weights(weight: Tensor, tile: int, turned: bool) -> Tensor:
-    """[N, C, 3, 3], perhaps turned by 180 degrees, to [(tile + 2)^2, N, C]."""
-    n, c = weight.shape[:2]
-    g = _matrices(tile).g.to(weight)
-    g = g.flip(1) if turned else g
-    return (torch.kron(g, g) @ weight.permute(2, 3, 0, 1).reshape(9, n * c)).view(-1, n, c)
+    """[N, C, 3, 3] to [(tile + 2)^2, N, C], or turned by 180 degrees and transposed to [(tile + 2)^2, C, N]."""
+    rows = (weight.permute(2, 3, 1, 0) if turned else weight.permute(2, 3, 0, 1)).contiguous()
+    out, of = rows.shape[2:]
+    return _taps(tile, turned, out, weight.dtype)(rows.view(9 * out, of)).view(-1, out, of)
 
 
 def _along(kind: str, tile: int, size: int) -> Tensor:
@@ -109,7 +134,7 @@ def _along(kind: str, tile: int, size: int) -> Tensor:
     return line.view((tile + 2) * tiles, -1)[:, before : before + size]
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=64)
 def table(kind: str, tile: int, shape: tuple[int, int, int], dtype: torch.dtype, padded: int = 0) -> _Bags:
     """The transform of images [B, H, W] whose rows are pixels on one side and [(tile + 2)^2, B, tiles] on the other, or
     [padded, (tile + 2)^2] with tiles as ``B, tiles``, the others empty.
@@ -120,7 +145,7 @@ def table(kind: str, tile: int, shape: tuple[int, int, int], dtype: torch.dtype,
         tile: m.
         shape: B, H, W.
         dtype: of the values.
-        padded: 0, or more than B tiles; the row of ``biased`` is then the first one of the last.
+        padded: 0, or B tiles at least, more for ``biased``, whose row is then the first one of the last.
     """
     b, h, w = shape
     k, down, across = tile + 2, -(-h // tile), -(-w // tile)
@@ -186,24 +211,34 @@ class Steps:
         return bags(self.rows(x, first, count)).view(self.products, -1, x.shape[1])
 
 
-def _tiled(x: Tensor, u: Tensor, tile: int) -> Tensor:
-    """The convolution of x, channels_last, by the matrices u [(tile + 2)^2, C, N]."""
-    steps, n = Steps(x, tile), u.shape[2]
-    parts = []
-    for first, count in steps:
-        products = torch.bmm(steps("patches", x, first, count), u)
-        parts.append(table("outputs", tile, (count, steps.h, steps.w), x.dtype)(products.view(-1, n)))
-    return steps.joined(parts, n)
-
-
 def _product(x: Tensor, weight: Tensor, backward: bool, tile: int) -> Tensor:
+    x = dense(x)
+    if tile == winograd_native.TILE and _native.serves(x.dtype, *weight.shape[:2]):
+        return winograd_native.convolution(x, weight, weight.shape[1 if backward else 0], turned=backward)
     u = weights(weight, tile, turned=backward)
-    return _tiled(dense(x), u if backward else u.transpose(1, 2), tile)
+    by_onednn, packed = serves(x.dtype), {}
+    groups, n, c = u.shape
+    steps, parts = Steps(x, tile), []
+    for first, count in steps:
+        images, rows = (count, steps.h, steps.w), count * steps.tiles
+        if by_onednn:
+            name = packing(groups, n, c, rows)  # a shorter last step may want another
+            if name not in packed:
+                packed[name] = pack(u, rows)
+            patches = table("patches", tile, images, x.dtype, rows)(steps.rows(x, first, count))
+            found = products(patches, packed[name], n, groups)
+            parts.append(table("outputs", tile, images, x.dtype, rows)(found))
+        else:
+            found = torch.bmm(steps("patches", x, first, count), u.transpose(1, 2))
+            parts.append(table("outputs", tile, images, x.dtype)(found.view(-1, n)))
+    return steps.joined(parts, n)
 
 
 def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, tile: int) -> Tensor:
     x, dy = dense(x), dense(dy)
     n, c = weight.shape[:2]
+    if tile == winograd_native.TILE and _native.serves(x.dtype, n, c):
+        return winograd_native.weight_gradient(x, dy, weight)
     steps = Steps(x, tile)
     sums = x.new_zeros(steps.products, n, c)
     for first, count in steps:
@@ -251,16 +286,19 @@ class _Winograd(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = recall(ctx)
         tile, weights = ctx.tiles
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = product(dy, weight, True, tile) if tile else _direct_dgrad(dy, x, weight)
-        return dx, weight_gradient(x, dy, weight, weights) if ctx.needs_input_grad[1] else None, None, None
+        dx = dw = None
+        if ctx.needs_input_grad[1]:
+            dw = weight_gradient(x, dy, weight, weights) if weights else _direct(dy, x, weight, 1)
+        if ctx.needs_input_grad[0]:  # last: the norm below finds it in the cache
+            dx = product(dy, weight, True, tile) if tile else _direct(dy, x, weight, 0)
+        return dx, dw, None, None
 
 
-def _direct_dgrad(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    one = [1, 1]
-    mask = [True, False, False]
-    return torch.ops.aten.convolution_backward(dy, x, weight, None, one, one, one, False, [0, 0], 1, mask)[0]
+def _direct(dy: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
+    """PyTorch's gradient of x (0) or of the weight (1)."""
+    one, mask = [1, 1], [which == 0, which == 1, False]
+    found = torch.ops.aten.convolution_backward(dy, x, weight, None, one, one, one, False, [0, 0], 1, mask)
+    return found[which]
 
 
 def winograd(x: Tensor, weight: Tensor, tile: int, weights: int) -> Tensor:
@@ -270,7 +308,7 @@ def winograd(x: Tensor, weight: Tensor, tile: int, weights: int) -> Tensor:
         x: [B, C, H, W], channels_last, float32 or float64.
         weight: [N, C, 3, 3], of the same dtype.
         tile: 2 or 4: forward and dx by tiles of that size; 0: by PyTorch's convolution.
-        weights: 2 or 4: the weight gradient by tiles of that size.
+        weights: the same for the weight gradient.
 
     Returns:
         [B, N, H, W], channels_last.
