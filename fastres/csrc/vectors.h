@@ -10,20 +10,25 @@
 
 namespace fastres {
 
+// Results that are kept in registers, kRows times kColumns vectors of them, and how many sums each is made of.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kColumns = 4;  // kColumns vectors of a row of results at a time
+constexpr int kLanes = 16, kRows = 6, kColumns = 2, kSums = 2;
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kColumns = 2;
+constexpr int kLanes = 8, kRows = 6, kColumns = 2, kSums = 1;
 #else
-constexpr int kLanes = 4, kColumns = 2;
+constexpr int kLanes = 4, kRows = 6, kColumns = 2, kSums = 1;
 #endif
-constexpr int kRows = 6;     // results: kRows * kColumns vectors, in registers
-constexpr int kDepth = 16;   // terms of a sum before the operands' next part, so that a part stays in the first cache
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 typedef double Wide __attribute__((vector_size(8 * kLanes)));  // as many doubles
+
+// In a register: the compiler would read it again for each use.
+inline Vec held(Vec v) {
+  asm("" : "+v"(v));
+  return v;
+}
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
@@ -34,61 +39,71 @@ struct Matrix {
   int64_t row, column;
 };
 
-// c[i][j] = sum_k a(i, k) b[k][j] for R rows and C vectors of columns; added to c where `add`, as one more term: short
-// sums of sums round less than a long one.
+// c[i][j] = sum_k a(i, k) b[k][j] for `rows` rows, R at a time, and C vectors of columns; added to c where `add`. Each is
+// kSums sums, of every kSums-th term: short sums round less than a long one, and do not wait for each other.
 template <int R, int C>
-void multiply_block(Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth, bool add) {
-  Vec sums[R][C];
+void multiply_rows(Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows, int64_t depth,
+                   bool add) {
+  for (int64_t first = 0; first + R <= rows; first += R) {
+    Vec sums[kSums][R][C] = {};
+    const float* left = a.data + first * a.row;
+    const float* right = b;
+    const auto step = [&](Vec(&sum)[R][C]) {
+      Vec now[C];
 #pragma GCC unroll 8
-  for (int i = 0; i < R; i++)
+      for (int j = 0; j < C; j++) now[j] = held(load(right + j * kLanes));
 #pragma GCC unroll 8
-    for (int j = 0; j < C; j++) sums[i][j] = Vec{};
-  for (int64_t k = 0; k < depth; k++) {
-    Vec right[C];
+      for (int i = 0; i < R; i++) {
+        const Vec term = held(left[i * a.row] - Vec{});
 #pragma GCC unroll 8
-    for (int j = 0; j < C; j++) right[j] = load(b + k * b_row + j * kLanes);
+        for (int j = 0; j < C; j++) sum[i][j] += term * now[j];
+      }
+      left += a.column, right += b_row;
+    };
+    int64_t k = 0;
+    for (; k + kSums <= depth; k += kSums)
 #pragma GCC unroll 8
-    for (int i = 0; i < R; i++) {
-      const float left = a.data[i * a.row + k * a.column];
+      for (int s = 0; s < kSums; s++) step(sums[s]);
+    for (; k < depth; k++) step(sums[0]);
 #pragma GCC unroll 8
-      for (int j = 0; j < C; j++) sums[i][j] += left * right[j];
-    }
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
+      for (int j = 0; j < C; j++) {
+        Vec total = sums[0][i][j];
+#pragma GCC unroll 8
+        for (int s = 1; s < kSums; s++) total += sums[s][i][j];
+        float* to = c + (first + i) * c_row + j * kLanes;
+        store(to, add ? load(to) + total : total);
+      }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < R; i++)
-#pragma GCC unroll 8
-    for (int j = 0; j < C; j++) {
-      float* to = c + i * c_row + j * kLanes;
-      store(to, add ? sums[i][j] + load(to) : sums[i][j]);
-    }
 }
-
-using Block = void (*)(Matrix, const float*, int64_t, float*, int64_t, int64_t, bool);
 
 template <int C>
-constexpr Block kBlocks[kRows] = {multiply_block<1, C>, multiply_block<2, C>, multiply_block<3, C>,
-                                  multiply_block<4, C>, multiply_block<5, C>, multiply_block<6, C>};
-
-inline Block block_of(int64_t rows, int64_t columns) {
-  switch (columns) {
-    case 1: return kBlocks<1>[rows - 1];
-    case 2: return kBlocks<2>[rows - 1];
-    case 3: return kBlocks<3>[rows - 1];
-    default: return kBlocks<4>[rows - 1];
+void multiply_columns(Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows, int64_t depth,
+                      bool add) {
+  const int64_t full = rows / kRows * kRows;
+  multiply_rows<kRows, C>(a, b, b_row, c, c_row, full, depth, add);
+  a.data += full * a.row, c += full * c_row, rows -= full;
+  if (kRows > 4 && rows >= 4) {
+    multiply_rows<4, C>(a, b, b_row, c, c_row, 4, depth, add);
+    a.data += 4 * a.row, c += 4 * c_row, rows -= 4;
   }
+  if (rows >= 2) {
+    multiply_rows<2, C>(a, b, b_row, c, c_row, 2, depth, add);
+    a.data += 2 * a.row, c += 2 * c_row, rows -= 2;
+  }
+  if (rows > 0) multiply_rows<1, C>(a, b, b_row, c, c_row, 1, depth, add);
 }
 
-// c[rows][columns] = a(rows, depth) b[depth][columns]; columns in whole vectors, at most kColumns. Sums are of `terms` at a
-// time, then of those: operands of so many stay in the first cache, and fewer round less.
+// c[rows][columns] = a(rows, depth) b[depth][columns]; columns in whole vectors, at most kColumns. Sums are of `terms` each,
+// then of those: operands of so many stay in the first cache.
 inline void multiply_panel(Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows,
                            int64_t columns, int64_t depth, int64_t terms) {
+  terms *= kSums;
   for (int64_t k = 0; k < depth; k += terms) {
-    const int64_t now = std::min(terms, depth - k);
-    for (int64_t i = 0; i < rows; i += kRows) {
-      const int64_t some = std::min<int64_t>(kRows, rows - i);
-      const Matrix part{a.data + i * a.row + k * a.column, a.row, a.column};
-      block_of(some, columns / kLanes)(part, b + k * b_row, b_row, c + i * c_row, c_row, now, k > 0);
-    }
+    const Matrix part{a.data + k * a.column, a.row, a.column};
+    const auto multiply = columns == kLanes ? multiply_columns<1> : multiply_columns<kColumns>;
+    multiply(part, b + k * b_row, b_row, c, c_row, rows, std::min(terms, depth - k), k > 0);
   }
 }
 

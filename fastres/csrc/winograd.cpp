@@ -22,15 +22,20 @@ constexpr int kTile = 4, kPatch = 6, kProducts = kPatch * kPatch;
 constexpr float kP = 0.75f, kQ = 1.375f, kP2 = kP * kP, kQ2 = kQ * kQ;
 constexpr float kWeightP = 1 / (2 * kP2 * (kP2 - kQ2)), kWeightQ = 1 / (2 * kQ2 * (kQ2 - kP2));
 constexpr int64_t kPanel = kColumns * kLanes;
-constexpr int64_t kBlockTiles = 24;    // of forward: four times kRows
-constexpr int64_t kSlice = 8 * kRows;
-constexpr int64_t kChunkTiles = 256;   // of the weight gradient
+constexpr int64_t kBlockTiles = 12;  // that a thread takes through all steps: twice kRows
+constexpr int64_t kSlice = 48;         // of the weight gradient's rows, a job
+
 constexpr int64_t kManyWeights = 1 << 20;  // floats
 constexpr int64_t kApart = kLanes;     // keeps the products' matrices out of each other's cache lines
 
 // Of the sums that other sums add up: the direct form is the more exact the fewer channels there are.
 int64_t terms_of(int64_t depth) { return depth <= 64 ? 16 : depth <= 128 ? 32 : 64; }
 constexpr int64_t kTermsOfGradient = 32;
+
+// Tiles that all threads take through a step together: their transforms lie in the shared cache.
+int64_t chunk_of(int64_t terms, int64_t results, int64_t tiles) {
+  return std::min(tiles, std::clamp<int64_t>(16384 / (terms + results), 64, 256));
+}
 
 struct Image {
   int64_t b, h, w, down, across;
@@ -109,14 +114,18 @@ inline void taps_line(const Vec* s, int64_t step, Vec* g, int64_t g_step) {
 template <int Side, void (*Line)(const Vec*, int64_t, Vec*, int64_t)>
 void transform(const float* image, const Image& s, const Place& at, int64_t y, int64_t x, int64_t channels, float* z,
                int64_t apart) {
+  const bool all_inside = y >= 0 && x >= 0 && y + Side <= s.h && x + Side <= s.w;
+  const float* const corner = image + ((at.row + y) * s.w + x) * channels;
   for (int64_t c = 0; c < channels; c += kLanes) {
-    Vec d[Side * Side], half[kPatch * Side], all[kProducts];
-    for (int i = 0; i < Side; i++)
-      for (int j = 0; j < Side; j++) {
-        const bool inside = y + i >= 0 && y + i < s.h && x + j >= 0 && x + j < s.w;
-        d[i * Side + j] = inside ? load(image + ((at.row + y + i) * s.w + x + j) * channels + c) : Vec{};
+    Vec half[kPatch * Side], all[kProducts];
+    for (int j = 0; j < Side; j++) {
+      Vec d[Side];
+      for (int i = 0; i < Side; i++) {
+        const bool inside = all_inside || (y + i >= 0 && y + i < s.h && x + j >= 0 && x + j < s.w);
+        d[i] = inside ? load(corner + (i * s.w + j) * channels + c) : Vec{};
       }
-    for (int j = 0; j < Side; j++) Line(d + j, Side, half + j, Side);
+      Line(d, 1, half + j, Side);
+    }
     for (int i = 0; i < kPatch; i++) Line(half + i * Side, 1, all + i * kPatch, 1);
     for (int k = 0; k < kProducts; k++) store(z + k * apart + c, all[k]);
   }
@@ -228,7 +237,7 @@ int fastres_winograd(const float* x, const float* u, const float* w, int64_t of_
   // Few weights stay in every core's cache: a thread takes a block of tiles through all steps. Many would be read anew for
   // each block: all threads take a chunk of tiles through a step, each with weights of its own.
   const bool many = kProducts * u_apart > kManyWeights;
-  const int64_t block = many ? std::min(kChunkTiles, tiles) : kBlockTiles;
+  const int64_t block = many ? chunk_of(terms, results, tiles) : kBlockTiles;
   const int64_t v_apart = block * terms + kApart, m_apart = block * results + kApart;
   const int64_t own = kProducts * (v_apart + m_apart), made = u == nullptr ? kProducts * u_apart : 0;
   float* const room = scratch(made + (many ? 1 : threads) * own);
@@ -274,7 +283,7 @@ int fastres_winograd_gradient(const float* x, const float* dy, float* dw, int64_
                               const int64_t* taps, int64_t b, int64_t h, int64_t width, int64_t terms, int64_t results,
                               int64_t threads) {
   const Image s(b, h, width);
-  const int64_t tiles = s.tiles(), chunk = std::min(kChunkTiles, tiles);
+  const int64_t tiles = s.tiles(), chunk = chunk_of(terms, results, tiles);
   const int64_t p_apart = chunk * terms + kApart, g_apart = chunk * results + kApart;
   const int64_t sum_apart = results * terms + kApart;
   float* const p = scratch(kProducts * (p_apart + g_apart + sum_apart));
