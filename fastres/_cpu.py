@@ -24,7 +24,7 @@ from fastres.kernels._triton import INTERPRET
 from fastres.kernels.folded_conv import Geometry
 from fastres.kernels.winograd_products import serves
 
-__all__ = ["WINOGRAD", "obstacle", "folded_tile", "measured", "rule", "winograd_tiles"]
+__all__ = ["WINOGRAD", "obstacle", "folded_tile", "looped", "measured", "rule", "winograd_tiles"]
 
 WINOGRAD = ("auto", "on", "off")
 
@@ -55,6 +55,8 @@ _WEIGHTS = {"AVX2": _TRAINED["AVX2"]}
 _TILES = (2, 4)
 _NARROWEST = (1, 48)  # with fewer channels the direct form is too exact for tiles of 4
 _DIRECT_WEIGHTS = 1.6  # a multiplication of the direct form's weight gradient
+_LOOPED_WEIGHTS = 0.9  # where that is made by the compiled loops
+_FEWEST = 1e7  # multiplications of a weight gradient that the compiled loops make
 
 
 class _Setting:
@@ -135,36 +137,55 @@ def measured(conv: nn.Conv2d, x: Tensor) -> str:
     return "cpu: measured; compiled loops" if loops else "cpu: measured"
 
 
-def winograd_tiles(conv: nn.Module, x: Tensor, training: bool) -> tuple[int, int]:
-    """Sides of the tiles by which a convolution, followed by a norm in training or not, takes Winograd's form: for
-    forward and input gradient, and for the weight gradient; 0 where it does not."""
-    mode = _Setting.winograd
-    if mode == "off" or mode == "auto" and _Setting.instructions not in _TRAINED:
-        return 0, 0
-    if (
-        type(conv) is not nn.Conv2d
-        or conv.kernel_size != (3, 3)
-        or obstacle(x)
-        or x.shape[1] != conv.in_channels
-    ):
-        return 0, 0
-    plain = (
-        (conv.stride, conv.padding, conv.dilation) == ((1, 1), (1, 1), (1, 1))
+def _plain(conv: nn.Module, x: Tensor, training: bool, wanted: bool) -> bool:
+    """Whether a convolution, followed by a norm in training or not, is one that these forms may replace; ``wanted``:
+    in any dtype and by any norm."""
+    return (
+        type(conv) is nn.Conv2d
+        and not obstacle(x)
+        and x.shape[1] == conv.in_channels
+        and conv.dilation == (1, 1)
         and conv.groups == 1
         and conv.bias is None
         and conv.padding_mode == "zeros"
         and conv.weight.dtype == x.dtype
         and not (conv._forward_hooks or conv._forward_pre_hooks)
         and not (conv._backward_hooks or conv._backward_pre_hooks)
+        and (x.requires_grad or conv.weight.requires_grad)
+        and (wanted or training and x.dtype == torch.float32)
     )
-    if not plain or not (x.requires_grad or conv.weight.requires_grad):
+
+
+def looped(conv: nn.Module, x: Tensor, training: bool) -> bool:
+    """Whether the compiled loops make the weight gradient of a convolution, followed by a norm in training or not."""
+    if _Setting.instructions not in _TRAINED or not _plain(conv, x, training, False):
+        return False
+    assert isinstance(conv, nn.Conv2d)
+    side, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding
+    if not conv.weight.requires_grad or conv.kernel_size not in ((1, 1), (3, 3)) or isinstance(padding, str):
+        return False
+    if conv.stride != (stride, stride) or padding != (padding[0], padding[0]):
+        return False
+    pixels = x.shape[0] * x.shape[2] * x.shape[3] / stride**2
+    many = pixels * conv.in_channels * conv.out_channels * side**2 >= _FEWEST
+    return many and _native.serves(x.dtype, conv.in_channels, conv.out_channels)
+
+
+def winograd_tiles(conv: nn.Module, x: Tensor, training: bool) -> tuple[int, int]:
+    """Sides of the tiles by which a convolution, followed by a norm in training or not, takes Winograd's form: for
+    forward and input gradient, and for the weight gradient; 0 where it does not."""
+    mode = _Setting.winograd
+    if mode == "off" or mode == "auto" and _Setting.instructions not in _TRAINED:
         return 0, 0
-    if mode != "on" and (not training or x.dtype != torch.float32):
+    if not _plain(conv, x, training, mode == "on"):
+        return 0, 0
+    assert isinstance(conv, nn.Conv2d)
+    if (conv.kernel_size, conv.stride, conv.padding) != ((3, 3), (1, 1), (1, 1)):
         return 0, 0
     shape = (x.shape[0], *x.shape[2:])
     channels = conv.in_channels, conv.out_channels
     if _Setting.instructions in _TRAINED and _native.serves(x.dtype, *channels):
-        return _tile(shape, *channels, _NATIVE), _tile(shape, *channels, _NATIVE_WEIGHTS)
+        return _tile(shape, *channels, _NATIVE), _tile(shape, *channels, _NATIVE_WEIGHTS, _LOOPED_WEIGHTS)
     if mode != "on" and _Setting.instructions == "AVX512" and not serves(x.dtype):
         return 0, 0
     tile = _tile(shape, *channels, _cost(_TRAINED))

@@ -28,6 +28,7 @@ from fastres._routing import (
 )
 from fastres.kernels import block_end as moment_form
 from fastres.kernels import conv3x3 as conv_ops
+from fastres.kernels import conv_native
 from fastres.kernels._check import check_aten
 from fastres.kernels._launch import channels_last
 from fastres.kernels.recomputed_conv import recomputed_conv
@@ -217,6 +218,10 @@ def _convolve(conv: nn.Module, x: Tensor, bn: BatchNorm) -> Tensor:
     """The module called, or its form on a CPU."""
     tile, weights = _cpu.winograd_tiles(conv, x, bn.training)
     if not (tile or weights):
+        if _cpu.looped(conv, x, bn.training):
+            assert isinstance(conv, nn.Conv2d) and not isinstance(conv.padding, str)
+            record("conv", x, "native", "cpu: measured; weight gradient in compiled loops", (bn,))
+            return conv_native.conv(x, conv.weight, conv.stride[0], conv.padding[0])
         if type(conv) is not nn.Conv2d or not plain_conv(conv) or torch.jit.is_tracing():
             return conv(x)
         assert not isinstance(conv.padding, str)
@@ -228,7 +233,7 @@ def _convolve(conv: nn.Module, x: Tensor, bn: BatchNorm) -> Tensor:
     assert isinstance(conv, nn.Conv2d)
     part = "" if tile else "; weight gradient only"
     if not weights:
-        part = "; but for the weight gradient"
+        part = "; weight gradient direct"
     record("conv", x, "winograd", _cpu.measured(conv, x) + part, (bn,))
     return winograd_conv(x, conv.weight, tile, weights)
 

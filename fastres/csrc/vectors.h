@@ -39,15 +39,20 @@ struct Matrix {
   int64_t row, column;
 };
 
+// Rows one after another.
+struct Rows {
+  const float* data;
+  int64_t step;
+};
+
 // c[i][j] = sum_k a(i, k) b[k][j] for `rows` rows, R at a time, and C vectors of columns; added to c where `add`. Each is
 // kSums sums, of every kSums-th term: short sums round less than a long one, and do not wait for each other.
 template <int R, int C>
-void multiply_rows(Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows, int64_t depth,
-                   bool add) {
+void multiply_rows(Matrix a, Rows b, float* c, int64_t c_row, int64_t rows, int64_t depth, bool add) {
   for (int64_t first = 0; first + R <= rows; first += R) {
     Vec sums[kSums][R][C] = {};
     const float* left = a.data + first * a.row;
-    const float* right = b;
+    const float* right = b.data;
     const auto step = [&](Vec(&sum)[R][C]) {
       Vec now[C];
 #pragma GCC unroll 8
@@ -58,7 +63,7 @@ void multiply_rows(Matrix a, const float* b, int64_t b_row, float* c, int64_t c_
 #pragma GCC unroll 8
         for (int j = 0; j < C; j++) sum[i][j] += term * now[j];
       }
-      left += a.column, right += b_row;
+      left += a.column, right += b.step;
     };
     int64_t k = 0;
     for (; k + kSums <= depth; k += kSums)
@@ -79,31 +84,30 @@ void multiply_rows(Matrix a, const float* b, int64_t b_row, float* c, int64_t c_
 }
 
 template <int C>
-void multiply_columns(Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows, int64_t depth,
-                      bool add) {
+void multiply_columns(Matrix a, Rows b, float* c, int64_t c_row, int64_t rows, int64_t depth, bool add) {
   const int64_t full = rows / kRows * kRows;
-  multiply_rows<kRows, C>(a, b, b_row, c, c_row, full, depth, add);
+  multiply_rows<kRows, C>(a, b, c, c_row, full, depth, add);
   a.data += full * a.row, c += full * c_row, rows -= full;
   if (kRows > 4 && rows >= 4) {
-    multiply_rows<4, C>(a, b, b_row, c, c_row, 4, depth, add);
+    multiply_rows<4, C>(a, b, c, c_row, 4, depth, add);
     a.data += 4 * a.row, c += 4 * c_row, rows -= 4;
   }
   if (rows >= 2) {
-    multiply_rows<2, C>(a, b, b_row, c, c_row, 2, depth, add);
+    multiply_rows<2, C>(a, b, c, c_row, 2, depth, add);
     a.data += 2 * a.row, c += 2 * c_row, rows -= 2;
   }
-  if (rows > 0) multiply_rows<1, C>(a, b, b_row, c, c_row, 1, depth, add);
+  if (rows > 0) multiply_rows<1, C>(a, b, c, c_row, 1, depth, add);
 }
 
 // c[rows][columns] = a(rows, depth) b[depth][columns]; columns in whole vectors, at most kColumns. Sums are of `terms` each,
-// then of those: operands of so many stay in the first cache.
-inline void multiply_panel(Matrix a, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t rows,
-                           int64_t columns, int64_t depth, int64_t terms) {
+// then of those and, where `add`, of c: operands of so many stay in the first cache.
+inline void multiply_panel(Matrix a, Rows b, float* c, int64_t c_row, int64_t rows, int64_t columns, int64_t depth,
+                    int64_t terms, bool add = false) {
   terms *= kSums;
   for (int64_t k = 0; k < depth; k += terms) {
     const Matrix part{a.data + k * a.column, a.row, a.column};
     const auto multiply = columns == kLanes ? multiply_columns<1> : multiply_columns<kColumns>;
-    multiply(part, b + k * b_row, b_row, c, c_row, rows, std::min(terms, depth - k), k > 0);
+    multiply(part, {b.data + k * b.step, b.step}, c, c_row, rows, std::min(terms, depth - k), add || k > 0);
   }
 }
 

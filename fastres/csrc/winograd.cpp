@@ -247,8 +247,8 @@ int fastres_winograd(const float* x, const float* u, const float* w, int64_t of_
   const int64_t panels = (results + kPanel - 1) / kPanel;
   const auto multiply = [&](const float* v, float* m, int64_t job, int64_t count) {
     const int64_t k = job / panels, n = job % panels * kPanel, wide = std::min(kPanel, results - n);
-    multiply_panel({v + k * v_apart, terms, 1}, weights + k * u_apart + n * terms, wide, m + k * m_apart + n, results,
-                   count, wide, terms, terms_of(terms));
+    multiply_panel({v + k * v_apart, terms, 1}, {weights + k * u_apart + n * terms, wide}, m + k * m_apart + n,
+                            results, count, wide, terms, terms_of(terms));
   };
 #pragma omp parallel num_threads(threads)
   {
@@ -306,8 +306,8 @@ int fastres_winograd_gradient(const float* x, const float* dy, float* dw, int64_
         for (int64_t c = 0; c < terms; c += kPanel) {
           const int64_t wide = std::min(kPanel, terms - c);
           alignas(64) float part[kSlice * kPanel];  // of this chunk: added as a whole, it rounds less
-          multiply_panel({g + k * g_apart + n, 1, results}, p + k * p_apart + c, terms, part, wide, some, wide, count,
-                         kTermsOfGradient);
+          multiply_panel({g + k * g_apart + n, 1, results}, {p + k * p_apart + c, terms}, part, wide, some, wide,
+                                  count, kTermsOfGradient);
           float* const sum = sums + k * sum_apart + n * terms + c;
           for (int64_t i = 0; i < some; i++)
             for (int64_t j = 0; j < wide; j += kLanes) {

@@ -40,6 +40,7 @@ _ARGUMENTS = {
     "fastres_winograd": [*[_address] * 3, _size, _size, *[_address] * 4, ctypes.c_int, *[_size] * 6],
     "fastres_winograd_gradient": [*[_address] * 3, _size, _size, _address, *[_size] * 6],
     "fastres_winograd_size": [_size, _size],
+    "fastres_conv_gradient": [*[_address] * 3, _size, _size, _address, *[_size] * 11],
 }
 
 

@@ -39,6 +39,8 @@ from torch import Tensor
 from fastres.kernels import _native, winograd_native
 from fastres.kernels._library import Traffic, register
 from fastres.kernels._saved import recall, store
+from fastres.kernels.conv_native import input_gradient
+from fastres.kernels.conv_native import weight_gradient as direct_weights
 from fastres.kernels.winograd_products import pack, packing, products, serves
 
 __all__ = ["Steps", "dense", "table", "weights", "winograd"]
@@ -288,17 +290,10 @@ class _Winograd(torch.autograd.Function):
         tile, weights = ctx.tiles
         dx = dw = None
         if ctx.needs_input_grad[1]:
-            dw = weight_gradient(x, dy, weight, weights) if weights else _direct(dy, x, weight, 1)
+            dw = weight_gradient(x, dy, weight, weights) if weights else direct_weights(x, dy, weight, 1, 1)
         if ctx.needs_input_grad[0]:  # last: the norm below finds it in the cache
-            dx = product(dy, weight, True, tile) if tile else _direct(dy, x, weight, 0)
+            dx = product(dy, weight, True, tile) if tile else input_gradient(dy, x, weight, 1, 1)
         return dx, dw, None, None
-
-
-def _direct(dy: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
-    """PyTorch's gradient of x (0) or of the weight (1)."""
-    one, mask = [1, 1], [which == 0, which == 1, False]
-    found = torch.ops.aten.convolution_backward(dy, x, weight, None, one, one, one, False, [0, 0], 1, mask)
-    return found[which]
 
 
 def winograd(x: Tensor, weight: Tensor, tile: int, weights: int) -> Tensor:
