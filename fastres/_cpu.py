@@ -50,6 +50,7 @@ _TRAINED = {
 }
 # The compiled loops have tiles of 4 alone; the figures hold with AVX2 and with AVX-512.
 _NATIVE, _NATIVE_WEIGHTS = (_Cost((math.inf, 27), (0, packing), product=1.1) for packing in (80, 30))
+_NATIVE_FOLDED = _Cost((math.inf, 27), (0, 8), product=1.3)
 # The weight gradient's products are PyTorch's. With AVX-512 oneDNN's direct form is 2.5 times as fast as those.
 _WEIGHTS = {"AVX2": _TRAINED["AVX2"]}
 _TILES = (2, 4)
@@ -123,12 +124,14 @@ def folded_tile(weight: torch.Size, g: Geometry, out: tuple[int, ...], dtype: to
         return 0
     if g != ((1, 1), (1, 1), (1, 1), 1):
         return 0
-    return _tile((out[0], *out[2:]), weight[1], weight[0], _cost(_FOLDED))
+    loops = _Setting.instructions in _FOLDED and _native.serves(dtype, weight[1], weight[0])
+    cost = _NATIVE_FOLDED if loops else _cost(_FOLDED)
+    return _tile((out[0], *out[2:]), weight[1], weight[0], cost)
 
 
-def rule() -> tuple[str, str]:
+def rule() -> tuple[str, ...]:
     """What ``folded_tile`` goes by beside the shapes."""
-    return _Setting.winograd, _Setting.instructions
+    return _Setting.winograd, _Setting.instructions, _native.native_obstacle()
 
 
 def measured(conv: nn.Conv2d, x: Tensor) -> str:

@@ -161,7 +161,7 @@ class _Plan(NamedTuple):
 @functools.lru_cache(maxsize=2048)
 def _plan(
     stride: Any, padding: Any, dilation: Any, groups: int, weight: torch.Size, x: torch.Size, dtype: torch.dtype,
-    rule: tuple[str, str],
+    rule: tuple[str, ...],
 ) -> _Plan | None:  # fmt: skip
     """None where the input does not fit or the padding is a word; ``weight`` and ``x`` are shapes, ``rule`` is what
     ``folded_tile`` goes by besides."""
@@ -284,12 +284,15 @@ def _onednn(
     """By oneDNN or Winograd's form, or by PyTorch's convolution where the weight is not finite."""
     x, g, route = layer.x, layer.geometry, "winograd" if tile else "onednn"
     f = layer.folded(route, tile)
-    if not f.weight.is_mkldnn:
+    if not (f.weight.is_mkldnn or f.weight.dim() == 1):
         unseen()
         _record(layer, "folded", "the weight is not finite", relu, other)
         return run("folded", x, f, g, relu, other)
     if tile:
-        _record(layer, route, f"CPU: 3x3 by tiles of {tile}x{tile}, weight transformed once", relu, other)
+        how = "; compiled loops" if f.weight.dim() == 1 else ""
+        _record(
+            layer, route, f"CPU: 3x3 by tiles of {tile}x{tile}, weight transformed once{how}", relu, other
+        )
         return winograd_folded(x, f, tile, other, relu)
     _record(layer, route, reason, relu, other)
     return onednn_conv(x, f, g, relu, other, own, inner or finite())

@@ -13,6 +13,8 @@ int fastres_winograd(const float*, const float*, const float*, int64_t, int64_t,
                      const float*, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 int fastres_winograd_gradient(const float*, const float*, float*, int64_t, int64_t, const int64_t*, int64_t, int64_t,
                               int64_t, int64_t, int64_t, int64_t);
+int fastres_conv_gradient(const float*, const float*, float*, int64_t, int64_t, const int64_t*, int64_t, int64_t,
+                          int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 }
 
 namespace {
@@ -79,6 +81,28 @@ int check(int64_t b, int64_t h, int64_t w, int64_t c, int64_t n, int64_t threads
   return wrong + compare("end", ends, y.get());
 }
 
+int check_gradient(int64_t b, int64_t h, int64_t w, int64_t c, int64_t n, int64_t side, int64_t stride, int64_t padding,
+                   int64_t threads) {
+  const int64_t down = (h + 2 * padding - side) / stride + 1, across = (w + 2 * padding - side) / stride + 1;
+  Buffer x(b * h * w * c), dy(b * down * across * n), dw(n * side * side * c);
+  x.random(), dy.random();
+  std::unique_ptr<double[]> wanted(new double[dw.size]());
+  int64_t taps[9];
+  for (int64_t t = 0; t < side * side; t++) taps[t] = t * c;
+  for (int64_t p = 0; p < b * down * across; p++)
+    for (int64_t t = 0; t < side * side; t++) {
+      const int64_t row = p / across % down * stride - padding + t / side, column = p % across * stride - padding + t % side;
+      if (row < 0 || row >= h || column < 0 || column >= w) continue;
+      const int64_t q = (p / across / down * h + row) * w + column;
+      for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < c; j++)
+          wanted[(i * side * side + t) * c + j] += double(dy.data[p * n + i]) * x.data[q * c + j];
+    }
+  fastres_conv_gradient(x.get(), dy.get(), dw.get(), side * side * c, 1, taps, b, h, w, c, down, across, n, side, stride,
+                        padding, threads);
+  return compare("gradient", dw, wanted.get());
+}
+
 }  // namespace
 
 int main() {
@@ -89,6 +113,10 @@ int main() {
     wrong += check(3, 12, 8, 16, 112, threads);
     wrong += check(1, 70, 65, 16, 32, threads);   // two chunks of the weight gradient
     wrong += check(1, 5, 4, 256, 192, threads);   // many weights
+    wrong += check_gradient(1, 1, 1, 16, 16, 1, 1, 0, threads);
+    wrong += check_gradient(2, 7, 5, 48, 80, 3, 2, 1, threads);
+    wrong += check_gradient(1, 6, 9, 272, 272, 1, 2, 0, threads);  // several jobs
+    wrong += check_gradient(3, 25, 23, 16, 32, 3, 1, 0, threads);  // several parts
   }
   if (wrong == 0) std::puts("agree");
   return wrong != 0;

@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 import fastres
 from fastres import _cpu, cli
 from fastres import functional as fn
-from fastres.kernels import _native, winograd_native
+from fastres.kernels import _native, conv_native, winograd_native
 from fastres.kernels import winograd as wino
 from tests.parity import assert_parity, like, randomize, steps
 from tests.plain_resnet import Block
@@ -202,6 +203,186 @@ def test_compiled_in_one_graph(built: str) -> None:
         results.append([out.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------ the direct weight gradient
+
+GRADIENTS = {  # (B, C, H, W), N, kernel, stride, padding
+    "1x1": ((3, 48, 7, 9), 80, 1, 1, 0),
+    "1x1-strided": ((2, 64, 9, 8), 48, 1, 2, 0),
+    "3x3": ((2, 80, 6, 7), 64, 3, 1, 1),
+    "3x3-strided": ((3, 64, 13, 10), 80, 3, 2, 1),
+    "3x3-unpadded": ((2, 48, 5, 6), 48, 3, 1, 0),
+    "pixel": ((4, 64, 1, 1), 96, 3, 1, 1),
+    "jobs": ((2, 272, 9, 9), 288, 1, 1, 0),
+    "parts": ((5, 16, 33, 31), 32, 3, 2, 1),
+    "parts-of-many": ((6, 64, 20, 19), 272, 1, 1, 0),
+}
+
+
+def differentiate(
+    name: str, layout: torch.memory_format, dtype: torch.dtype, ours: bool
+) -> dict[str, Tensor]:
+    shape, n, side, stride, padding = GRADIENTS[name]
+    torch.manual_seed(3)
+    x = torch.randn(shape).relu().contiguous(memory_format=LAST).to(dtype).requires_grad_()
+    weight = (torch.randn(n, shape[1], side, side) / (side * shape[1] ** 0.5)).to(dtype)
+    weight = weight.contiguous(memory_format=layout).requires_grad_()
+    convolution = conv_native.conv if ours else lambda *a: F.conv2d(*a[:2], None, *a[2:])
+    y = convolution(x, weight, stride, padding)
+    dx, dw = torch.autograd.grad(y, (x, weight), torch.randn(y.shape).to(dtype))
+    if ours:
+        assert_layout(dw, weight)
+    return dict(y=y.detach(), dx=dx, dw=dw)
+
+
+@needs_processor
+@pytest.mark.parametrize("layout", [NCHW, LAST], ids=["nchw-weight", "channels_last-weight"])
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_weight_gradient(built: str, name: str, layout: torch.memory_format) -> None:
+    eager, ref = (differentiate(name, layout, dtype, False) for dtype in (torch.float32, torch.float64))
+    with poison():
+        ours = differentiate(name, layout, torch.float32, True)
+    assert torch.equal(ours["y"], eager["y"]) and torch.equal(ours["dx"], eager["dx"])
+    assert_close64("dw", ours["dw"], eager["dw"], ref["dw"])
+
+
+@needs_processor
+@pytest.mark.parametrize("name", ["jobs", "parts", "parts-of-many"])
+def test_weight_gradient_has_the_same_bits_by_any_number_of_threads(built: str, name: str) -> None:
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(differentiate(name, LAST, torch.float32, True)["dw"])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@needs_processor
+def test_weight_gradient_of_an_empty_batch_and_of_other_channels(built: str) -> None:
+    for shape, n in (((0, 48, 4, 4), 48), ((2, 24, 4, 4), 48), ((2, 48, 4, 4), 24)):
+        x = torch.randn(shape).contiguous(memory_format=LAST)
+        weight = torch.randn(n, shape[1], 1, 1, requires_grad=True)
+        dy = torch.randn(shape[0], n, 4, 4)
+        (dw,) = torch.autograd.grad(conv_native.conv(x, weight, 1, 0), weight, dy)
+        torch.testing.assert_close(dw, torch.einsum("bnhw,bchw->nc", dy, x)[..., None, None])
+
+
+@needs_processor
+def test_operators_with_the_loops(built: str) -> None:
+    x, weight, dy = operands("odd")
+    bias, u = torch.randn(len(weight)), winograd_native.transformed(weight)
+    dy = dy.contiguous(memory_format=LAST)
+    calls = {
+        "winograd": [(x, weight, False, 4), (dy, weight, True, 4)],
+        "winograd_weight": [(x, dy, weight, 4)],
+        "winograd_loops": [(x, u, bias, None, False), (x, u, bias, dy, True)],
+        "conv_weight_gradient": [(x, dy, weight, 1, 1)],
+    }
+    for name, arguments in calls.items():
+        for args in arguments:
+            torch.library.opcheck(
+                getattr(torch.ops.fastres, name).default, args, test_utils=("test_schema", "test_faketensor")
+            )
+
+
+@needs_processor
+def test_a_second_derivative_is_refused(built: str) -> None:
+    x = torch.randn(2, 48, 3, 3).contiguous(memory_format=LAST).requires_grad_()
+    weight = torch.randn(48, 48, 1, 1, requires_grad=True)
+    (g,) = torch.autograd.grad(conv_native.conv(x, weight, 1, 0).square().sum(), weight, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        g.sum().backward()
+
+
+@needs_processor
+def test_bottlenecks(built: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpu, "_FEWEST", 0)
+    monkeypatch.setattr(
+        _cpu, "_NATIVE", _cpu._Cost((math.inf, 0), (0, 0))
+    )  # small, so that no ReLU is on the edge
+    ours = randomize(fastres.ResLayer(fastres.Bottleneck, 2, 64, 192, stride=2).to(memory_format=LAST))
+    plain = like(nn.Sequential(Block(64, 192, 48, stride=2), Block(192, 192, 48)), ours)
+    x, dy = steps((2, 64, 16, 15), (2, 192, 8, 8), 2)
+    with fn.record_routes() as log:
+        assert_parity(ours, plain, x, dy, layout=LAST)
+    found = {c.reason for c in log if c.op == "conv"}
+    assert found == {"cpu: measured; weight gradient in compiled loops", "cpu: measured; compiled loops"}
+
+
+@needs_processor
+@pytest.mark.parametrize("change", [
+    "fits", "native off", "aten", "few", "eval", "frozen", "5x5", "groups", "dilation", "strides", "paddings", "same",
+    "bias", "hook", "nchw", "autocast", "no_grad", "channels", "instructions",
+])  # fmt: skip
+def test_which_weight_gradients_are_taken(built: str, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {
+        "5x5": dict(kernel_size=5, padding=2), "groups": dict(groups=2), "dilation": dict(dilation=2),
+        "strides": dict(stride=(1, 2)), "paddings": dict(padding=(1, 0)), "same": dict(padding="same"),
+        "bias": dict(bias=True), "channels": dict(out_channels=72),
+    }.get(change, {})  # fmt: skip
+    conv = nn.Conv2d(**dict(in_channels=64, out_channels=64, kernel_size=3, bias=False) | options)
+    shape = (1, 64, 4, 4) if change == "few" else (8, 64, 28, 28)
+    x = torch.empty(shape, memory_format=NCHW if change == "nchw" else LAST)
+    if change == "hook":
+        conv.register_forward_hook(lambda *a: None)
+    if change == "frozen":
+        conv.requires_grad_(False)
+        x.requires_grad_()
+    if change == "instructions":
+        monkeypatch.setattr(_cpu._Setting, "instructions", "SVE256")
+    with (
+        fn.native("off" if change == "native off" else "auto"),
+        fn.backend("aten" if change == "aten" else "auto"),
+        torch.set_grad_enabled(change != "no_grad"),
+        torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"),
+    ):
+        assert _cpu.looped(conv, x, change != "eval") == (change == "fits")
+
+
+# ---------------------------------------------------------------------------------------------- a whole inference
+
+
+@needs_processor
+def test_networks_infer_by_the_loops(built: str) -> None:
+    torch.manual_seed(0)
+    net = randomize(fastres.ResLayer(fastres.BasicBlock, 2, 64, 64)).to(memory_format=LAST).eval()
+    net = nn.Sequential(net)
+    plain = like(nn.Sequential(nn.Sequential(Block(64, 64), Block(64, 64))), net).eval()
+    with torch.no_grad(), fn.record_routes() as log:
+        x = torch.randn(2, 64, 20, 24).contiguous(memory_format=LAST)
+        y = net(x)
+        assert_close64("y", y, plain(x), plain.double()(x.double()))
+    assert {c.route for c in log} == {"winograd"} and all("compiled loops" in c.reason for c in log)
+    with torch.no_grad(), fn.native("off"), fn.record_routes() as log:
+        net(x)
+    assert not any("compiled loops" in c.reason for c in log)
+    with torch.no_grad():
+        net[0][0].conv1.weight.data[0, 0, 0, 0] = float("nan")
+        fastres.forget_folded(net)
+        with fn.record_routes() as log:
+            assert net(x).isnan().any()
+    assert {c.route for c in log} == {"winograd", "folded"}
+
+
+@needs_processor
+def test_programs_run_the_loops(built: str) -> None:
+    """A network's inference is recorded at its fourth call and run as a program from then on."""
+    torch.manual_seed(0)
+    net = randomize(fastres.ResNet(18, stem_channels=64, base_channels=64)).eval().to(memory_format=LAST)
+    images = [torch.randn(2, 3, 64, 64).contiguous(memory_format=LAST) for _ in range(7)]
+    with torch.no_grad():
+        found = [net(x)[-1].clone() for x in images]
+        with fn.programs("off"):
+            wanted = [net(x)[-1] for x in images]
+        with fn.record_routes() as log:
+            net(images[0])
+    assert sum("compiled loops" in c.reason for c in log) >= 6
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------- the rule

@@ -33,8 +33,8 @@ int64_t terms_of(int64_t depth) { return depth <= 64 ? 16 : depth <= 128 ? 32 : 
 constexpr int64_t kTermsOfGradient = 32;
 
 // Tiles that all threads take through a step together: their transforms lie in the shared cache.
-int64_t chunk_of(int64_t terms, int64_t results, int64_t tiles) {
-  return std::min(tiles, std::clamp<int64_t>(16384 / (terms + results), 64, 256));
+int64_t chunk_of(int64_t terms, int64_t results, int64_t tiles, int64_t least) {
+  return std::min(tiles, std::clamp<int64_t>(16384 / (terms + results), least, 256));
 }
 
 struct Image {
@@ -237,7 +237,7 @@ int fastres_winograd(const float* x, const float* u, const float* w, int64_t of_
   // Few weights stay in every core's cache: a thread takes a block of tiles through all steps. Many would be read anew for
   // each block: all threads take a chunk of tiles through a step, each with weights of its own.
   const bool many = kProducts * u_apart > kManyWeights;
-  const int64_t block = many ? chunk_of(terms, results, tiles) : kBlockTiles;
+  const int64_t block = many ? chunk_of(terms, results, tiles, 128) : kBlockTiles;
   const int64_t v_apart = block * terms + kApart, m_apart = block * results + kApart;
   const int64_t own = kProducts * (v_apart + m_apart), made = u == nullptr ? kProducts * u_apart : 0;
   float* const room = scratch(made + (many ? 1 : threads) * own);
@@ -283,7 +283,7 @@ int fastres_winograd_gradient(const float* x, const float* dy, float* dw, int64_
                               const int64_t* taps, int64_t b, int64_t h, int64_t width, int64_t terms, int64_t results,
                               int64_t threads) {
   const Image s(b, h, width);
-  const int64_t tiles = s.tiles(), chunk = chunk_of(terms, results, tiles);
+  const int64_t tiles = s.tiles(), chunk = chunk_of(terms, results, tiles, 64);
   const int64_t p_apart = chunk * terms + kApart, g_apart = chunk * results + kApart;
   const int64_t sum_apart = results * terms + kApart;
   float* const p = scratch(kProducts * (p_apart + g_apart + sum_apart));

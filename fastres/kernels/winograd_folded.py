@@ -1,8 +1,8 @@
-"""A folded 3x3 convolution, stride 1, padding 1, in Winograd's form on a CPU: inference, by oneDNN.
+"""A folded 3x3 convolution, stride 1, padding 1, in Winograd's form on a CPU: inference, by oneDNN or compiled loops.
 
 forward     as ``winograd``: Y = A^T [ (B^T d B) . (G g G^T) ] A, then + bias + other, ReLU
 weight      G g G^T is made once and packed once (``winograd_products``); a layer keeps two packings at most, however
-            many sizes of images come
+            many sizes of images come. Where the compiled loops serve they take one of their own (``winograd_native``)
 bias        a row of the products that every sum of the last transform takes in
 rounding    float32 throughout; see ``winograd`` for the points of interpolation
 traffic     R x, the weight (1.8 or 4 times as large as the direct form's), other; W y; the patches stay in the cache
@@ -13,11 +13,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastres.kernels import _native, winograd_native
 from fastres.kernels.folded_conv import Folded
 from fastres.kernels.winograd import Steps, table, weights
 from fastres.kernels.winograd_products import pack, packing, products
 
 __all__ = ["winograd_folded", "winograd_fold", "winograd_packing"]
+
+
+_LOOPS = b"compiled loops"
 
 
 def _rows(steps: Steps) -> int:
@@ -26,13 +30,17 @@ def _rows(steps: Steps) -> int:
 
 
 def winograd_packing(x: Tensor, n: int, tile: int) -> bytes:
-    """Name of the layout that oneDNN wants the weight of a convolution of x [B, C, H, W] to n channels in."""
+    """Name of the layout that the weight of a convolution of x [B, C, H, W] to n channels is wanted in."""
+    if tile == winograd_native.TILE and _native.serves(x.dtype, x.shape[1], n):
+        return _LOOPS
     steps = Steps(x, tile)
     return packing(steps.products, n, x.shape[1], _rows(steps))
 
 
 def winograd_fold(f: Folded, x: Tensor, tile: int) -> Folded:
     """A folded weight [N, C, 3, 3] as :func:`winograd_folded` takes it for tiles of ``tile`` and inputs like x."""
+    if winograd_packing(x, len(f.bias), tile) == _LOOPS:
+        return Folded(winograd_native.transformed(f.weight), f.bias)
     return Folded(pack(weights(f.weight, tile, turned=False), _rows(Steps(x, tile))), f.bias)
 
 
@@ -46,6 +54,8 @@ def winograd_folded(x: Tensor, f: Folded, tile: int, other: Tensor | None, relu:
         other: [B, N, H, W], or None.
         relu: end in a ReLU.
     """
+    if f.weight.dim() == 1:
+        return winograd_native.folded(x, *f, other, relu)
     steps, n = Steps(x, tile), len(f.bias)
     rows, groups = _rows(steps), steps.products
     parts = []

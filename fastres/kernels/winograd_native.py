@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastres.kernels._library import Traffic, register
 from fastres.kernels._native import library
 
-__all__ = ["TILE", "convolution", "transformed", "weight_gradient"]
+__all__ = ["TILE", "convolution", "folded", "transformed", "weight_gradient"]
 
 TILE = 4
 _Taps = ctypes.c_int64 * 9
@@ -90,3 +91,25 @@ def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     )
     _check(status, f"the weight gradient of {tuple(x.shape)} to {len(dw)} channels")
     return dw
+
+
+def _folded(x: Tensor, u: Tensor, bias: Tensor, other: Tensor | None, relu: bool) -> Tensor:
+    return convolution(x, None, len(bias), u=u, bias=bias, other=other, relu=relu)
+
+
+def _fake(x: Tensor, u: Tensor, bias: Tensor, other: Tensor | None, relu: bool) -> Tensor:
+    b, _, h, w = x.shape
+    return torch.empty((b, len(bias), h, w), dtype=x.dtype, memory_format=torch.channels_last)
+
+
+# An operator, so that whoever records what a network calls sees it.
+folded = register(
+    "winograd_loops(Tensor x, Tensor u, Tensor bias, Tensor? other, bool relu) -> Tensor",
+    reference=_folded,
+    triton=_folded,
+    fake=_fake,
+    differentiable=False,
+    traffic=lambda x, u, bias, other, relu: Traffic(
+        [x, u, other], flops=2 * x.numel() * 36 // 16 * len(bias)
+    ),
+)
