@@ -180,9 +180,9 @@ def test_empty_batch(built: str) -> None:
 
 @needs_processor
 def test_blocks(built: str) -> None:
-    ours = randomize(fastres.ResLayer(fastres.BasicBlock, 2, 48, 48).to(memory_format=LAST))
-    plain = like(nn.Sequential(Block(48, 48), Block(48, 48)), ours)
-    x, dy = steps((4, 48, 18, 22), (4, 48, 18, 22), 2)
+    ours = randomize(fastres.ResLayer(fastres.BasicBlock, 2, 64, 64).to(memory_format=LAST))
+    plain = like(nn.Sequential(Block(64, 64), Block(64, 64)), ours)
+    x, dy = steps((4, 64, 18, 22), (4, 64, 18, 22), 1)
     with fn.record_routes() as log:
         assert_parity(ours, plain, x, dy, layout=LAST)
     found = {(c.op, c.route, c.reason) for c in log if c.op == "conv"}
@@ -304,9 +304,9 @@ def test_bottlenecks(built: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         _cpu, "_NATIVE", _cpu._Cost((math.inf, 0), (0, 0))
     )  # small, so that no ReLU is on the edge
-    ours = randomize(fastres.ResLayer(fastres.Bottleneck, 2, 64, 192, stride=2).to(memory_format=LAST))
-    plain = like(nn.Sequential(Block(64, 192, 48, stride=2), Block(192, 192, 48)), ours)
-    x, dy = steps((2, 64, 16, 15), (2, 192, 8, 8), 2)
+    ours = randomize(fastres.ResLayer(fastres.Bottleneck, 2, 64, 256, stride=2).to(memory_format=LAST))
+    plain = like(nn.Sequential(Block(64, 256, 64, stride=2), Block(256, 256, 64)), ours)
+    x, dy = steps((2, 64, 16, 15), (2, 256, 8, 8), 1)
     with fn.record_routes() as log:
         assert_parity(ours, plain, x, dy, layout=LAST)
     found = {c.reason for c in log if c.op == "conv"}
