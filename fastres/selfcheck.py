@@ -4,7 +4,7 @@ Each operation is run forward and backward on random data and held against the s
 it may be at most twice as far from that as eager PyTorch is in the dtype under test, plus a floor (the rule of the
 tests). On a GPU the kernels are what is checked; on a CPU the plain-torch operators, or with TRITON_INTERPRET=1 the
 kernels in Triton's interpreter. Convolutions with folded norms are run forward, by the route that inference takes here,
-and held against convolution, norm, addition and ReLU one after the other.
+and held against convolution, norm, addition and ReLU one after the other; so are the forms by which a CPU trains.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ __all__ = [
     "inference_cases",
     "leaves",
     "stem_pool",
+    "training_cases",
     "worst_ratio",
 ]
 
@@ -175,6 +176,24 @@ def inference_cases(device: torch.device, small: bool = False) -> Iterator[Case]
     yield Case("folded block end with downsample", pair, _folded_pair, inference=True)
     stem = {**norm("bn", c), "y": rand(n, 3, 2 * h, 2 * w), "weight": rand(c, 3, 7, 7, scale=147**-0.5)}
     yield Case("folded stem + pool", stem, _folded_stem, inference=True)
+
+
+def training_cases(device: torch.device) -> Iterator[Case]:
+    """Convolutions that ``auto`` trains on a CPU by a form of its own, where it does: none on other devices."""
+    if device.type != "cpu" or INTERPRET:
+        return
+    g = torch.Generator().manual_seed(0)
+    for name, side, stride, results in (("3x3", 3, 1, 64), ("strided 3x3", 3, 2, 64), ("1x1", 1, 1, 128)):
+        tensors = {
+            **_norm_tensors(g, device, "bn", results), "y": _rand(g, device, 2, 64, 28, 28),
+            "weight": _rand(g, device, results, 64, side, side, scale=1 / (8 * side)),
+        }  # fmt: skip
+        run_ = partial(_convolution, stride=stride)
+        yield Case(f"{name} convolution + batch norm + ReLU", tensors, run_, ("bn.mean", "bn.var"))
+
+
+def _convolution(t: dict[str, Tensor], stride: int) -> Tensor:
+    return functional.conv_bn_relu(t["y"], _given(t["weight"], stride), _norm(t, "bn", True)).tensor()
 
 
 def _counted(t: dict[str, Tensor], name: str) -> functional.BatchNorm:
@@ -370,9 +389,12 @@ def run(device: torch.device, small: bool = INTERPRET) -> Iterator[Result]:
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False  # fp32 is checked as fp32
     try:
-        for case in (*cases(device, small=small), *inference_cases(device, small=small)):
+        found = [(case, route) for case in cases(device, small=small)]
+        found += [(case, inference) for case in inference_cases(device, small=small)]
+        found += [(case, "auto") for case in training_cases(device)]
+        for case, asked in found:
             for dtype in dtypes:
                 for memory in (torch.contiguous_format, torch.channels_last):
-                    yield check(case, dtype, memory, inference if case.inference else route, device)
+                    yield check(case, dtype, memory, asked, device)
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
