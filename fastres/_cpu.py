@@ -57,6 +57,7 @@ _TILES = (2, 4)
 _NARROWEST = (1, 48)  # with fewer channels the direct form is too exact for tiles of 4
 _DIRECT_WEIGHTS = 1.6  # a multiplication of the direct form's weight gradient
 _LOOPED_WEIGHTS = 0.9  # where that is made by the compiled loops
+_LOOPED = {"AVX2": (3,), "AVX512": (1, 3)}  # kernels whose weight gradients the compiled loops make faster
 _FEWEST = 1e7  # multiplications of a weight gradient that the compiled loops make
 
 
@@ -161,13 +162,18 @@ def _plain(conv: nn.Module, x: Tensor, training: bool, wanted: bool) -> bool:
 
 def looped(conv: nn.Module, x: Tensor, training: bool) -> bool:
     """Whether the compiled loops make the weight gradient of a convolution, followed by a norm in training or not."""
-    if _Setting.instructions not in _TRAINED or not _plain(conv, x, training, False):
+    sides = _LOOPED.get(_Setting.instructions, ())
+    if not sides or not _plain(conv, x, training, False):
         return False
     assert isinstance(conv, nn.Conv2d)
     side, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding
-    if not conv.weight.requires_grad or conv.kernel_size not in ((1, 1), (3, 3)) or isinstance(padding, str):
+    if not conv.weight.requires_grad or side not in sides or isinstance(padding, str):
         return False
-    if conv.stride != (stride, stride) or padding != (padding[0], padding[0]):
+    if (
+        conv.kernel_size != (side, side)
+        or conv.stride != (stride, stride)
+        or padding != (padding[0], padding[0])
+    ):
         return False
     pixels = x.shape[0] * x.shape[2] * x.shape[3] / stride**2
     many = pixels * conv.in_channels * conv.out_channels * side**2 >= _FEWEST

@@ -301,6 +301,7 @@ def test_a_second_derivative_is_refused(built: str) -> None:
 @needs_processor
 def test_bottlenecks(built: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cpu, "_FEWEST", 0)
+    monkeypatch.setattr(_cpu._Setting, "instructions", "AVX512")  # which has the loops for 1x1 too
     monkeypatch.setattr(_cpu, "_LOOPED_WEIGHTS", 10)
     for name in ("_NATIVE", "_NATIVE_WEIGHTS"):  # the net is small, so that no ReLU is on the edge
         monkeypatch.setattr(_cpu, name, _cpu._Cost((math.inf, 0), (0, 0)))
@@ -316,12 +317,13 @@ def test_bottlenecks(built: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_processor
 @pytest.mark.parametrize("change", [
     "fits", "native off", "aten", "few", "eval", "frozen", "5x5", "groups", "dilation", "strides", "paddings", "same",
-    "bias", "hook", "nchw", "autocast", "no_grad", "channels", "instructions",
+    "bias", "hook", "nchw", "autocast", "no_grad", "channels", "instructions", "1x1", "1x3",
 ])  # fmt: skip
 def test_which_weight_gradients_are_taken(built: str, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {
         "5x5": dict(kernel_size=5, padding=2), "groups": dict(groups=2), "dilation": dict(dilation=2),
         "strides": dict(stride=(1, 2)), "paddings": dict(padding=(1, 0)), "same": dict(padding="same"),
+        "1x1": dict(kernel_size=1, out_channels=256), "1x3": dict(kernel_size=(1, 3)),
         "bias": dict(bias=True), "channels": dict(out_channels=72),
     }.get(change, {})  # fmt: skip
     conv = nn.Conv2d(**dict(in_channels=64, out_channels=64, kernel_size=3, bias=False) | options)
@@ -341,6 +343,9 @@ def test_which_weight_gradients_are_taken(built: str, change: str, monkeypatch: 
         torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"),
     ):
         assert _cpu.looped(conv, x, change != "eval") == (change == "fits")
+        if change == "1x1":
+            monkeypatch.setattr(_cpu._Setting, "instructions", "AVX512")
+            assert _cpu.looped(conv, x, True)
 
 
 # ---------------------------------------------------------------------------------------------- a whole inference
