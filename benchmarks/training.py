@@ -17,7 +17,7 @@ import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,9 @@ def _without_forms() -> Iterator[None]:
         yield
 
 
-def ways(name: str, batch: int, size: int) -> dict[str, Step]:
-    """Every way to train a network, each on a copy of the same weights, with the same images; a step gives the loss."""
+def ways(name: str, batch: int, size: int, only: Sequence[str] = ()) -> dict[str, Step]:
+    """Every way to train a network (or those of ``only``), each on a copy of the same weights, with the same images; a
+    step gives the loss."""
 
     def way(norm: str, last: bool, context: Callable[[], AbstractContextManager[Any]]) -> Step:
         torch.manual_seed(0)
@@ -64,25 +65,25 @@ def ways(name: str, batch: int, size: int) -> dict[str, Step]:
         return step
 
     plain = contextlib.nullcontext
-    found = {
-        "eager": way("BN", False, plain),
-        "eager channels_last": way("BN", True, plain),
-        "fastres without its forms channels_last": way("FusedBN", True, _without_forms),
-        "fastres without compiled loops channels_last": way(
-            "FusedBN", True, lambda: functional.native("off")
-        ),
+    makers: dict[str, tuple[str, bool, Callable[[], AbstractContextManager[Any]]]] = {
+        "eager": ("BN", False, plain),
+        "eager channels_last": ("BN", True, plain),
+        "fastres without its forms channels_last": ("FusedBN", True, _without_forms),
+        "fastres without compiled loops channels_last": ("FusedBN", True, lambda: functional.native("off")),
     }
     if not native_obstacle():
-        found["fastres channels_last"] = way("FusedBN", True, plain)
-    return found
+        makers["fastres channels_last"] = ("FusedBN", True, plain)
+    return {name: way(*how) for name, how in makers.items() if not only or name in only}
 
 
-def measure(name: str, batch: int, size: int, budget: float) -> list[dict[str, Any]]:
+def measure(
+    name: str, batch: int, size: int, budget: float, only: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """A row for every way: median and quartiles of single steps, and of the better eager layout over it, by turns."""
     rows: dict[str, dict[str, Any]] = {}
     ready: dict[str, Step] = {}
     wanted: list[float] = []
-    for way, step in ways(name, batch, size).items():
+    for way, step in ways(name, batch, size, only).items():
         rows[way] = dict(alternative=way)
         losses = [step() for _ in range(2)]
         wanted = wanted or losses
@@ -146,6 +147,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--keep-memory", action="store_true", help="call fastres.keep_memory() first, for all ways alike"
     )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WAY", help="ways, by their names in the rows"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.keep_memory:
@@ -159,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{name}, batch {batch}, {args.size} pixels, float32, {torch.get_num_threads()} threads",
                 flush=True,
             )
-            rows = measure(name, batch, args.size, args.budget)
+            rows = measure(name, batch, args.size, args.budget, args.only)
             for r in rows:
                 failed += "error" in r
                 keep = dict(keep_memory=args.keep_memory)
