@@ -56,7 +56,7 @@ _WEIGHTS = {"AVX2": _TRAINED["AVX2"]}
 _TILES = (2, 4)
 _NARROWEST = (1, 48)  # with fewer channels the direct form is too exact for tiles of 4
 _DIRECT_WEIGHTS = 1.6  # a multiplication of the direct form's weight gradient
-_LOOPED_WEIGHTS = 0.9  # where that is made by the compiled loops
+_LOOPED_WEIGHTS = {"AVX2": 0.9, "AVX512": 0.7}  # where that is made by the compiled loops
 _LOOPED = {"AVX2": (3,), "AVX512": (1, 3)}  # kernels whose weight gradients the compiled loops make faster
 _FEWEST = 1e7  # multiplications of a weight gradient that the compiled loops make
 
@@ -194,7 +194,8 @@ def winograd_tiles(conv: nn.Module, x: Tensor, training: bool) -> tuple[int, int
     shape = (x.shape[0], *x.shape[2:])
     channels = conv.in_channels, conv.out_channels
     if _Setting.instructions in _TRAINED and _native.serves(x.dtype, *channels):
-        return _tile(shape, *channels, _NATIVE), _tile(shape, *channels, _NATIVE_WEIGHTS, _LOOPED_WEIGHTS)
+        direct = _LOOPED_WEIGHTS[_Setting.instructions]
+        return _tile(shape, *channels, _NATIVE), _tile(shape, *channels, _NATIVE_WEIGHTS, direct)
     if mode != "on" and _Setting.instructions == "AVX512" and not serves(x.dtype):
         return 0, 0
     tile = _tile(shape, *channels, _cost(_TRAINED))
