@@ -388,6 +388,11 @@ def test_programs_run_the_loops(built: str) -> None:
     assert sum("compiled loops" in c.reason for c in log) >= 6
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    with torch.no_grad(), fn.native("off"):
+        off = net(images[6])[-1]
+        with fn.programs("off"):
+            assert torch.equal(off, net(images[6])[-1])
+    assert not torch.equal(off, found[6])
 
 
 # ----------------------------------------------------------------------------------------------------- the rule
