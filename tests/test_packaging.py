@@ -40,7 +40,8 @@ def test_what_is_in_the_distributions(built):
     (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
     names = zipfile.ZipFile(wheel).namelist()
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "fastres").rglob("*.py")}
-    assert {"fastres/py.typed"} | modules <= set(names)
+    loops = {str(p.relative_to(ROOT)) for p in (ROOT / "fastres" / "csrc").iterdir()}
+    assert loops and {"fastres/py.typed"} | modules | loops <= set(names)
     assert not [name for name in names if not re.match(r"fastres/|fastres-[\d.]+\.dist-info/", name)]
     assert fastres.__version__ in wheel.name and fastres.__version__ in sdist.name
     assert any(name.endswith("/LICENSE") for name in tarfile.open(sdist).getnames())
