@@ -14,7 +14,7 @@
 namespace fastres {
 namespace {
 
-constexpr int64_t kPixels = 64;             // at a time
+constexpr int64_t kPixels = 64;              // at a time
 constexpr int64_t kTerms = kPixels / kSums;  // of each sum
 constexpr int64_t kPanel = kColumns * kLanes;
 constexpr int64_t kResults = 256, kColumnsOfJob = 256, kFewestPixels = 512, kJobs = 48;

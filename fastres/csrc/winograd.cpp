@@ -22,11 +22,10 @@ constexpr int kTile = 4, kPatch = 6, kProducts = kPatch * kPatch;
 constexpr float kP = 0.75f, kQ = 1.375f, kP2 = kP * kP, kQ2 = kQ * kQ;
 constexpr float kWeightP = 1 / (2 * kP2 * (kP2 - kQ2)), kWeightQ = 1 / (2 * kQ2 * (kQ2 - kP2));
 constexpr int64_t kPanel = kColumns * kLanes;
-constexpr int64_t kBlockTiles = 12;  // that a thread takes through all steps: twice kRows
-constexpr int64_t kSlice = 48;         // of the weight gradient's rows, a job
-
-constexpr int64_t kManyWeights = 1 << 20;  // floats
-constexpr int64_t kApart = kLanes;     // keeps the products' matrices out of each other's cache lines
+constexpr int64_t kBlockTiles = 12;        // that a thread takes through all steps: twice kRows
+constexpr int64_t kSlice = 48;             // of the weight gradient's rows, a job
+constexpr int64_t kManyWeights = 1 << 20;  // floats: more do not stay in a core's cache
+constexpr int64_t kApart = kLanes;         // keeps the products' matrices out of each other's cache lines
 
 // Of the sums that other sums add up: the direct form is the more exact the fewer channels there are.
 int64_t terms_of(int64_t depth) { return depth <= 64 ? 16 : depth <= 128 ? 32 : 64; }
@@ -215,8 +214,6 @@ void to_all_weights(const Weights& w, int64_t terms, int64_t results, float* u) 
 
 extern "C" {
 
-int64_t fastres_lanes() { return kLanes; }
-
 // Floats of the transformed weights.
 int64_t fastres_winograd_size(int64_t terms, int64_t results) { return kProducts * weights_apart(terms, results); }
 
@@ -247,8 +244,8 @@ int fastres_winograd(const float* x, const float* u, const float* w, int64_t of_
   const int64_t panels = (results + kPanel - 1) / kPanel;
   const auto multiply = [&](const float* v, float* m, int64_t job, int64_t count) {
     const int64_t k = job / panels, n = job % panels * kPanel, wide = std::min(kPanel, results - n);
-    multiply_panel({v + k * v_apart, terms, 1}, {weights + k * u_apart + n * terms, wide}, m + k * m_apart + n,
-                            results, count, wide, terms, terms_of(terms));
+    multiply_panel({v + k * v_apart, terms, 1}, {weights + k * u_apart + n * terms, wide}, m + k * m_apart + n, results,
+                   count, wide, terms, terms_of(terms));
   };
 #pragma omp parallel num_threads(threads)
   {
