@@ -190,15 +190,20 @@ def test_blocks(built: str) -> None:
 
 
 @needs_processor
-def test_compiled_in_one_graph(built: str) -> None:
-    x, dy = (torch.randn(4, 48, 20, 20).contiguous(memory_format=LAST) for _ in range(2))
+@pytest.mark.parametrize("block", [fastres.BasicBlock, fastres.Bottleneck])
+def test_compiled_in_one_graph(built: str, block: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpu, "_FEWEST", 0)
+    monkeypatch.setattr(_cpu._Setting, "instructions", "AVX512")
+    x, dy = (torch.randn(4, 192, 20, 20).contiguous(memory_format=LAST) for _ in range(2))
     results = []
     torch.manual_seed(0)
-    layer = fastres.ResLayer(fastres.BasicBlock, 1, 48, 48).to(memory_format=LAST)
+    layer = fastres.ResLayer(block, 1, 192, 192).to(memory_format=LAST)
     for model in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
         leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
         layer.zero_grad()
-        out = model(leaf)
+        with fn.record_routes() as log:
+            out = model(leaf)
+        assert "aten" not in {c.route for c in log if c.op == "conv"} and any(c.op == "conv" for c in log)
         out.backward(dy)
         results.append([out.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters())])
     for a, b in zip(*results, strict=True):

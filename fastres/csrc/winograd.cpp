@@ -304,7 +304,7 @@ int fastres_winograd_gradient(const float* x, const float* dy, float* dw, int64_
           const int64_t wide = std::min(kPanel, terms - c);
           alignas(64) float part[kSlice * kPanel];  // of this chunk: added as a whole, it rounds less
           multiply_panel({g + k * g_apart + n, 1, results}, {p + k * p_apart + c, terms}, part, wide, some, wide,
-                                  count, kTermsOfGradient);
+                         count, kTermsOfGradient);
           float* const sum = sums + k * sum_apart + n * terms + c;
           for (int64_t i = 0; i < some; i++)
             for (int64_t j = 0; j < wide; j += kLanes) {
