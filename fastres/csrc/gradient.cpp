@@ -20,11 +20,6 @@ constexpr int64_t kPanel = kColumns * kLanes;
 constexpr int64_t kResults = 256, kColumnsOfJob = 256, kFewestPixels = 512, kJobs = 48;
 constexpr int64_t kApart = kResults + 16;  // rows of dy, in a thread's copy: no power of two
 
-float* scratch(int64_t count) {
-  static thread_local Scratch kept;
-  return kept.floats(count);
-}
-
 struct Shape {
   int64_t b, h, w, terms, down, across, results, side, stride, padding;
   int64_t pixels() const { return b * down * across; }

@@ -8,15 +8,16 @@
 #include <cstdint>
 #include <cstdlib>
 
+// Of this library alone: another build, for other instructions, may be in the process.
+#pragma GCC visibility push(hidden)
+
 namespace fastres {
 
 // Results that are kept in registers, kRows times kColumns vectors of them, and how many sums each is made of.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kRows = 6, kColumns = 2, kSums = 2;
-#elif defined(__AVX2__)
+#else  // AVX2
 constexpr int kLanes = 8, kRows = 6, kColumns = 2, kSums = 1;
-#else
-constexpr int kLanes = 4, kRows = 6, kColumns = 2, kSums = 1;
 #endif
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
@@ -88,7 +89,7 @@ void multiply_columns(Matrix a, Rows b, float* c, int64_t c_row, int64_t rows, i
   const int64_t full = rows / kRows * kRows;
   multiply_rows<kRows, C>(a, b, c, c_row, full, depth, add);
   a.data += full * a.row, c += full * c_row, rows -= full;
-  if (kRows > 4 && rows >= 4) {
+  if (rows >= 4) {
     multiply_rows<4, C>(a, b, c, c_row, 4, depth, add);
     a.data += 4 * a.row, c += 4 * c_row, rows -= 4;
   }
@@ -102,7 +103,7 @@ void multiply_columns(Matrix a, Rows b, float* c, int64_t c_row, int64_t rows, i
 // c[rows][columns] = a(rows, depth) b[depth][columns]; columns in whole vectors, at most kColumns. Sums are of `terms` each,
 // then of those and, where `add`, of c: operands of so many stay in the first cache.
 inline void multiply_panel(Matrix a, Rows b, float* c, int64_t c_row, int64_t rows, int64_t columns, int64_t depth,
-                    int64_t terms, bool add = false) {
+                           int64_t terms, bool add = false) {
   terms *= kSums;
   for (int64_t k = 0; k < depth; k += terms) {
     const Matrix part{a.data + k * a.column, a.row, a.column};
@@ -111,7 +112,7 @@ inline void multiply_panel(Matrix a, Rows b, float* c, int64_t c_row, int64_t ro
   }
 }
 
-// Memory that a thread keeps from call to call: blocks of this size, freed and asked for at each, cost page faults.
+// Memory that a thread keeps from call to call, one piece for all functions: blocks of this size, freed and asked for at each, cost page faults.
 class Scratch {
  public:
   float* floats(int64_t count) {  // null where there is no memory
@@ -130,4 +131,11 @@ class Scratch {
   int64_t size_ = 0;
 };
 
+inline float* scratch(int64_t count) {
+  static thread_local Scratch kept;
+  return kept.floats(count);
+}
+
 }  // namespace fastres
+
+#pragma GCC visibility pop

@@ -108,7 +108,7 @@ inline void taps_line(const Vec* s, int64_t step, Vec* g, int64_t g_step) {
   g[2 * g_step] = kP2 * sum_p + kQ2 * sum_q + s[5 * step];
 }
 
-// The side x side pixels of `c` channels from (y, x) on, zero outside the image; through Line both ways; to
+// The Side x Side pixels from (y, x) on, zero outside the image; through Line both ways; to
 // z[product * apart].
 template <int Side, void (*Line)(const Vec*, int64_t, Vec*, int64_t)>
 void transform(const float* image, const Image& s, const Place& at, int64_t y, int64_t x, int64_t channels, float* z,
@@ -187,11 +187,6 @@ void to_weights(const float* w, int64_t of_result, int64_t of_term, const int64_
         store(u + k * apart + from * depth + term * width + i, __builtin_convertvector(all[k], Vec));
     }
   }
-}
-
-float* scratch(int64_t count) {
-  static thread_local Scratch kept;
-  return kept.floats(count);
 }
 
 // The nine taps' distances from a weight's first, in the order in which they are applied.
