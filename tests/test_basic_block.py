@@ -14,7 +14,16 @@ import fastres
 from fastres import functional as fn
 from fastres.kernels import basic_block as fused
 from tests.cases import Route, node_names, routes
-from tests.wholes import LAST, agree, errors_change_nothing, image, layer, step, taken
+from tests.wholes import (
+    LAST,
+    agree,
+    errors_change_nothing,
+    image,
+    layer,
+    second_derivative_is_refused,
+    step,
+    taken,
+)
 
 BLOCKS: dict[str, dict[str, Any]] = {
     "identity": dict(in_channels=16),
@@ -119,13 +128,7 @@ def test_a_stage_is_one_node_a_block() -> None:
 
 @pytest.mark.parametrize("in_channels", [16, 8])
 def test_second_derivative_is_refused(in_channels: int) -> None:
-    net, x = stage(in_channels=in_channels), image(in_channels)
-    with fn.backend("reference"), fn.moments("on"):
-        out = net(x)
-        assert taken(out)
-        (dx,) = torch.autograd.grad(out, x, torch.randn(out.shape), create_graph=True)
-        with pytest.raises(NotImplementedError, match="a second derivative through the fused kernels"):
-            dx.sum().backward()
+    second_derivative_is_refused(stage(in_channels=in_channels), image(in_channels))
 
 
 @pytest.mark.parametrize("at", ["conv1", "conv2", "downsample"])

@@ -17,7 +17,16 @@ from fastres import functional as fn
 from fastres.kernels import bottleneck as fused
 from tests.cases import Route, node_names, routes
 from tests.launches import on_cpu
-from tests.wholes import agree, by_parts, errors_change_nothing, image, layer, step, taken
+from tests.wholes import (
+    agree,
+    by_parts,
+    errors_change_nothing,
+    image,
+    layer,
+    second_derivative_is_refused,
+    step,
+    taken,
+)
 
 LAST = torch.channels_last
 BLOCKS: dict[str, dict[str, Any]] = {
@@ -160,13 +169,7 @@ def test_gradients_of_a_selection() -> None:
 
 
 def test_second_derivative_is_refused() -> None:
-    net, x = layer(), image()
-    with fn.backend("reference"), fn.moments("on"):
-        out = net(x)
-        assert taken(out)
-        (dx,) = torch.autograd.grad(out, x, torch.randn(out.shape), create_graph=True)
-        with pytest.raises(NotImplementedError, match="a second derivative through the fused kernels"):
-            dx.sum().backward()
+    second_derivative_is_refused(layer(), image())
 
 
 def test_middle_convolution_in_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,3 +108,13 @@ def errors_change_nothing(net: nn.Module, x: Tensor, what: str) -> None:
         net(x)
     now = net.state_dict()
     assert before.keys() == now.keys() and all(torch.equal(before[k], now[k]) for k in now)
+
+
+def second_derivative_is_refused(net: nn.Module, x: Tensor) -> None:
+    """Of a net that is one node a block."""
+    with fn.backend("reference"), fn.moments("on"):
+        out = net(x)
+        assert taken(out)
+        (dx,) = torch.autograd.grad(out, x, torch.randn(out.shape), create_graph=True)
+        with pytest.raises(NotImplementedError, match="a second derivative through the fused kernels"):
+            dx.sum().backward()
