@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastres.kernels.conv3x3 import Geometry
 
-__all__ = ["own_geometry"]
+__all__ = ["own_geometry", "plain_conv"]
+
+
+def plain_conv(conv: nn.Module) -> bool:
+    """Whether a module is exactly a convolution that nothing else watches or changes."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv._parameters.get("bias", conv) is None  # an attribute is looked up in three places
+        and conv.padding_mode == "zeros"
+        and type(conv.padding) is not str
+        and "forward" not in conv.__dict__
+        and not (conv._forward_hooks or conv._forward_pre_hooks)
+        and not (conv._backward_hooks or conv._backward_pre_hooks)
+        and not _has_any_global_hook()
+    )
 
 
 def own_geometry(conv: nn.Module, x: Tensor) -> Geometry | None:

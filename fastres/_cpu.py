@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from fastres import _routing
+from fastres._convolution import plain_conv
 from fastres.kernels import _native
 from fastres.kernels._launch import channels_last
 from fastres.kernels._switch import from_environment, switched
 from fastres.kernels._triton import INTERPRET
 from fastres.kernels.folded_conv import Geometry
-from fastres.kernels.winograd_products import serves
+from fastres.kernels.winograd_native import TILE
+from fastres.kernels.winograd_products import products_serve
 
 __all__ = ["WINOGRAD", "obstacle", "folded_tile", "looped", "measured", "rule", "winograd_tiles"]
 
@@ -135,27 +137,25 @@ def rule() -> tuple[str, ...]:
     return _Setting.winograd, _Setting.instructions, _native.native_obstacle()
 
 
-def measured(conv: nn.Conv2d, x: Tensor) -> str:
-    """The reason to give for Winograd's form of a convolution."""
-    loops = _native.serves(x.dtype, conv.in_channels, conv.out_channels)
-    return "cpu: measured; compiled loops" if loops else "cpu: measured"
+def measured(conv: nn.Conv2d, x: Tensor, tile: int, weights: int) -> str:
+    """The reason to give for Winograd's form of a convolution by these tiles (:func:`winograd_tiles`)."""
+    loops = TILE in (tile, weights) and _native.serves(x.dtype, conv.in_channels, conv.out_channels)
+    part = "; weight gradient only" if not tile else "; weight gradient direct" if not weights else ""
+    return "cpu: measured" + ("; compiled loops" if loops else "") + part
 
 
 def _plain(conv: nn.Module, x: Tensor, training: bool, wanted: bool) -> bool:
     """Whether a convolution, followed by a norm in training or not, is one that these forms may replace; ``wanted``:
     in any dtype and by any norm."""
     return (
-        type(conv) is nn.Conv2d
+        isinstance(conv, nn.Conv2d)
+        and plain_conv(conv)
         and not obstacle(x)
         and x.shape[1] == conv.in_channels
         and conv.dilation == (1, 1)
         and conv.groups == 1
-        and conv.bias is None
-        and conv.padding_mode == "zeros"
         and conv.weight.dtype == x.dtype
-        and not (conv._forward_hooks or conv._forward_pre_hooks)
-        and not (conv._backward_hooks or conv._backward_pre_hooks)
-        and (x.requires_grad or conv.weight.requires_grad)
+        and bool(x.requires_grad or conv.weight.requires_grad)
         and (wanted or training and x.dtype == torch.float32)
     )
 
@@ -165,15 +165,9 @@ def looped(conv: nn.Module, x: Tensor, training: bool) -> bool:
     sides = _LOOPED.get(_Setting.instructions, ())
     if not sides or not _plain(conv, x, training, False):
         return False
-    assert isinstance(conv, nn.Conv2d)
-    side, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding
-    if not conv.weight.requires_grad or side not in sides or isinstance(padding, str):
-        return False
-    if (
-        conv.kernel_size != (side, side)
-        or conv.stride != (stride, stride)
-        or padding != (padding[0], padding[0])
-    ):
+    assert isinstance(conv, nn.Conv2d) and not isinstance(conv.padding, str)
+    (side, *k), (stride, *s), (padding, *p) = conv.kernel_size, conv.stride, conv.padding
+    if not conv.weight.requires_grad or side not in sides or (k, s, p) != ([side], [stride], [padding]):
         return False
     pixels = x.shape[0] * x.shape[2] * x.shape[3] / stride**2
     many = pixels * conv.in_channels * conv.out_channels * side**2 >= _FEWEST
@@ -196,7 +190,7 @@ def winograd_tiles(conv: nn.Module, x: Tensor, training: bool) -> tuple[int, int
     if _Setting.instructions in _TRAINED and _native.serves(x.dtype, *channels):
         direct = _LOOPED_WEIGHTS[_Setting.instructions]
         return _tile(shape, *channels, _NATIVE), _tile(shape, *channels, _NATIVE_WEIGHTS, direct)
-    if mode != "on" and _Setting.instructions == "AVX512" and not serves(x.dtype):
+    if mode != "on" and _Setting.instructions == "AVX512" and not products_serve(x.dtype):
         return 0, 0
     tile = _tile(shape, *channels, _cost(_TRAINED))
     if mode != "on" and _Setting.instructions not in _WEIGHTS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastres import _cpu, _folding, _inference
 from fastres._batch_norm import (
@@ -17,7 +16,7 @@ from fastres._batch_norm import (
     untracked,
 )
 from fastres._casts import cast_weight
-from fastres._convolution import own_geometry
+from fastres._convolution import own_geometry, plain_conv
 from fastres._foldable import off, unseen
 from fastres._routing import (
     BatchNorm,
@@ -178,20 +177,6 @@ def fold_pending(
     return z
 
 
-def plain_conv(conv: nn.Module) -> bool:
-    """Whether a module is exactly a convolution that nothing else watches or changes."""
-    return (
-        type(conv) is nn.Conv2d
-        and conv._parameters.get("bias", conv) is None  # an attribute is looked up in three places
-        and conv.padding_mode == "zeros"
-        and type(conv.padding) is not str
-        and "forward" not in conv.__dict__
-        and not (conv._forward_hooks or conv._forward_pre_hooks)
-        and not (conv._backward_hooks or conv._backward_pre_hooks)
-        and not _has_any_global_hook()
-    )
-
-
 def _weight(conv: nn.Conv2d) -> Tensor:
     weight: Tensor | None = conv._parameters.get("weight")
     return conv.weight if weight is None else weight  # a plain attribute, as sharding makes them
@@ -231,10 +216,7 @@ def _convolve(conv: nn.Module, x: Tensor, bn: BatchNorm) -> Tensor:
         # What the module would call.
         return torch.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
     assert isinstance(conv, nn.Conv2d)
-    part = "" if tile else "; weight gradient only"
-    if not weights:
-        part = "; weight gradient direct"
-    record("conv", x, "winograd", _cpu.measured(conv, x) + part, (bn,))
+    record("conv", x, "winograd", _cpu.measured(conv, x, tile, weights), (bn,))
     return winograd_conv(x, conv.weight, tile, weights)
 
 

@@ -424,6 +424,10 @@ def test_auto_takes_what_was_measured(built: str, monkeypatch: pytest.MonkeyPatc
         assert tiles(64, 56) == (0, 0)
     with fn.winograd("on"):
         assert tiles(512, 7, 1) == (2, 2)
+        conv = nn.Conv2d(512, 512, 3)
+        x = torch.empty(1, 512, 7, 7)
+        assert _cpu.measured(conv, x, 2, 2) == "cpu: measured"  # the loops have tiles of 4 alone
+        assert _cpu.measured(conv, x, 0, 4) == "cpu: measured; compiled loops; weight gradient only"
     with fn.native("off"):
         assert tiles(56, 56) == tiles(72, 56) == ((4, 4) if built == "AVX2" else (4, 0))
     monkeypatch.setattr(_cpu._Setting, "instructions", "SVE256")

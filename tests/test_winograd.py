@@ -71,12 +71,12 @@ def test_parity(
 def test_products(batch: int, by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN's, which may want other packings for a last step that is shorter, and PyTorch's where it has none."""
     monkeypatch.setattr(wino, "_ROWS", 60)
-    assert wino.serves(torch.float32) and not wino.serves(torch.float64)
+    assert wino.products_serve(torch.float32) and not wino.products_serve(torch.float64)
     taken = []
     products = wino.products
     monkeypatch.setattr(wino, "products", lambda *a: taken.append(len(a[0])) or products(*a))
     if not by_onednn:
-        monkeypatch.setattr(wino, "serves", lambda dtype: False)
+        monkeypatch.setattr(wino, "products_serve", lambda dtype: False)
     x = torch.randn(batch, 64, 20, 19).contiguous(memory_format=LAST)
     weight, dy = torch.randn(80, 64, 3, 3) / 24, torch.randn(batch, 80, 20, 19)
     with poison():
@@ -196,7 +196,7 @@ def test_auto_knows_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_needs_onednn_with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
     conv = nn.Conv2d(128, 128, 3, padding=1, bias=False)
     x = torch.empty(8, 128, 28, 28, memory_format=LAST)
-    monkeypatch.setattr(_cpu, "serves", lambda dtype: False)
+    monkeypatch.setattr(_cpu, "products_serve", lambda dtype: False)
     assert _cpu.winograd_tiles(conv, x, True) == (4, 4)
     monkeypatch.setattr(_cpu._Setting, "instructions", "AVX512")
     assert _cpu.winograd_tiles(conv, x, True) == (0, 0)
@@ -208,9 +208,9 @@ def test_auto_needs_onednn_with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "change",
     ["off", "aten", "stride", "dilation", "groups", "bias", "hook", "no_grad", "autocast", "nchw", "reflect",
-     "no gradient", "subclass"],
+     "no gradient", "subclass", "forward", "global hook"],
 )  # fmt: skip
-def test_winograd_stays_away(change: str) -> None:
+def test_winograd_stays_away(change: str, request: pytest.FixtureRequest) -> None:
     options = {"stride": dict(stride=2), "dilation": dict(dilation=2), "groups": dict(groups=2),
                "reflect": dict(padding_mode="reflect")}.get(change, {})  # fmt: skip
     kind = type("Other", (nn.Conv2d,), {}) if change == "subclass" else nn.Conv2d
@@ -222,6 +222,11 @@ def test_winograd_stays_away(change: str) -> None:
         )[0]
     if change == "hook":
         conv.register_forward_hook(lambda *a: None)
+    if change == "forward":
+        conv.forward = lambda x: F.conv2d(x, conv.weight, padding=1)  # as some packages attach adapters
+    if change == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(lambda *a: None)
+        request.addfinalizer(handle.remove)
     if change == "no gradient":
         conv.requires_grad_(False)
     with (

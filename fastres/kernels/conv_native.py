@@ -3,7 +3,7 @@
 forward     PyTorch's convolution; 1x1 or 3x3, any stride and padding
 backward    dw[n][c][tap] = sum over pixels p of dy[p][n] x[q(p, tap)][c], in the loops; dx is PyTorch's
 saved       x and the weight, as the convolution itself
-rounding    float32; sums of 32 pixels, then of those
+rounding    float32; sums of 32 or 64 pixels, then of those
 traffic     R x and dy, W dw: each thread copies the part that it multiplies into its own cache
 
 oneDNN's weight gradients of 1x1 and of strided convolutions in channels_last are its slowest products: 150 to 360

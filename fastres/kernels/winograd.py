@@ -41,7 +41,7 @@ from fastres.kernels._library import Traffic, register
 from fastres.kernels._saved import recall, store
 from fastres.kernels.conv_native import input_gradient
 from fastres.kernels.conv_native import weight_gradient as direct_weights
-from fastres.kernels.winograd_products import pack, packing, products, serves
+from fastres.kernels.winograd_products import pack, packing, products, products_serve
 
 __all__ = ["Steps", "dense", "table", "weights", "winograd"]
 
@@ -218,7 +218,7 @@ def _product(x: Tensor, weight: Tensor, backward: bool, tile: int) -> Tensor:
     if tile == winograd_native.TILE and _native.serves(x.dtype, *weight.shape[:2]):
         return winograd_native.convolution(x, weight, weight.shape[1 if backward else 0], turned=backward)
     u = weights(weight, tile, turned=backward)
-    by_onednn, packed = serves(x.dtype), {}
+    by_onednn, packed = products_serve(x.dtype), {}
     groups, n, c = u.shape
     steps, parts = Steps(x, tile), []
     for first, count in steps:

@@ -4,8 +4,8 @@ forward     Y = A^T [ (B^T d B) . (G g G^T) ] A; dx and dg as ``winograd``, with
             inference + bias + other and ReLU, which keeps NaN
 saved       as ``winograd``
 rounding    float32; sums of 16 to 64 terms, then of those; weights transformed in double
-traffic     R x, the weight, other; W y: a thread takes 24 tiles through all three steps in its own cache; with many
-            channels all threads take 256 tiles through each step in the cache that they share
+traffic     R x, the weight, other; W y: a thread takes 12 tiles through all three steps in its own cache; with many
+            channels all threads take some hundred tiles through each step in the cache that they share
 source      as ``winograd``
 
 Repeatable bit for bit, whatever the number of threads.

@@ -17,15 +17,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fastres.kernels.folded_conv import layout_name, onednn_obstacle
 
-__all__ = ["pack", "packing", "products", "serves"]
+__all__ = ["pack", "packing", "products", "products_serve"]
 
 
-def serves(dtype: torch.dtype) -> bool:
+def products_serve(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies this dtype in float32. torch.compile takes it as a constant."""
     return dtype == torch.float32 and not onednn_obstacle(dtype)
 
 
-setattr(serves, "_dynamo_marked_constant", True)  # noqa: B010  (functions have no such attribute to mypy)
+setattr(products_serve, "_dynamo_marked_constant", True)  # noqa: B010  (functions have no such attribute to mypy)
 
 
 def _where(groups: int) -> tuple[Any, ...]:
