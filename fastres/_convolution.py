@@ -28,12 +28,14 @@ def plain_conv(conv: nn.Module) -> bool:
 def own_geometry(conv: nn.Module, x: Tensor) -> Geometry | None:
     """Stride, padding and dilation of a module that is exactly a 3x3 convolution of x which the kernels of ``conv3x3``
     have, and that nothing else watches or changes; else None."""
-    if type(conv) is not nn.Conv2d or conv.kernel_size != (3, 3) or isinstance(conv.padding, str):
+    if (
+        not isinstance(conv, nn.Conv2d)
+        or not plain_conv(conv)
+        or conv.kernel_size != (3, 3)
+        or conv.groups != 1
+    ):
         return None
-    if conv.padding_mode != "zeros" or conv.bias is not None or conv.groups != 1:
-        return None
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
-        return None
+    assert not isinstance(conv.padding, str)
     if conv.in_channels != x.shape[1] or conv.weight.shape[1] != x.shape[1]:
         return None
     cast = torch.is_autocast_enabled(x.device.type)
