@@ -50,6 +50,7 @@ def use(**changes):
 
 @pytest.fixture(autouse=True)
 def no_table():
+    _tuned.reset()  # whatever ran before in this process has read one
     yield
     _tuned.reset()
 
